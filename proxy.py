@@ -24,6 +24,7 @@ import asyncio
 import contextlib
 import datetime
 import difflib
+import functools
 import hashlib
 import io
 import itertools
@@ -638,9 +639,12 @@ def iso_day(unix: float) -> str:
 
 
 def iso_time(ms: int | None) -> str | None:
-    if ms is None:
-        return None
-    return datetime.datetime.fromtimestamp(ms // 1000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return None if ms is None else iso_second(ms // 1000)
+
+
+@functools.lru_cache(maxsize=16)
+def iso_second(unix: int) -> str:
+    return datetime.datetime.fromtimestamp(unix, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def cost(tokens: int, multiplier: int) -> int:
@@ -899,34 +903,35 @@ class EventSplitter:
         if self.tail:
             resume = len(self.tail) - 1  # the two bytes that end an event may come in two reads
             self.tail += read
-            if find_event_end(self.tail, resume) < 0:
-                return self.keep(b"")
+            if not has_event_end(self.tail, resume):
+                self.check_length()
+                return []
             read = bytes(self.tail)
             self.tail.clear()
-        events = []
-        start = 0
-        while (end := find_event_end(read, start)) > 0:
-            events.append(read[start:end])
-            start = end
-        return events if start == len(read) else events + self.keep(read[start:])
+        if b"\r" not in read:
+            *whole, rest = read.split(b"\n\n")
+            events = [event + b"\n\n" for event in whole]
+        else:
+            ends = [match.end() for match in EMPTY_LINE.finditer(read)]
+            events = [read[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+            rest = read[ends[-1] if ends else 0 :]
+        if rest:
+            self.tail += rest
+            self.check_length()
+        return events
 
-    def keep(self, rest: bytes) -> list[bytes]:
-        self.tail += rest
+    def check_length(self) -> None:
         if len(self.tail) > EVENT_BYTES_MAX:
             raise BrokenStream(f"an event of more than {EVENT_BYTES_MAX} bytes")
-        return []
 
 
-find_empty_line = re.compile(rb"\n\n|\n\r\n?|\r\r\n?").search
+EMPTY_LINE = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
 
 
-def find_event_end(data: bytes | bytearray, start: int) -> int:
-    """Where the first event that begins at or before `start` ends, or -1."""
+def has_event_end(data: bytearray, start: int) -> bool:
     if data.find(b"\r", start) < 0:
-        end = data.find(b"\n\n", start)
-        return end + 2 if end >= 0 else -1
-    match = find_empty_line(data, start)
-    return match.end() if match else -1
+        return data.find(b"\n\n", start) >= 0
+    return EMPTY_LINE.search(data, start) is not None
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -999,7 +1004,7 @@ class UsageMeter:
         self.count_at_usage = 0
         self.closing: Usage | None = None
         self.finished = False  # a finish reason has passed
-        self.done = False  # [DONE]
+        self.over = False  # [DONE], or
         self.failed = False  # an error event of the upstream's own
         self.before = (0, 0, 0)
 
@@ -1010,7 +1015,7 @@ class UsageMeter:
     @property
     def ended(self) -> bool:
         """Whether the upstream may close now without having broken off."""
-        return self.done or self.finished or self.usage is not None
+        return self.over or self.finished or self.usage is not None
 
     @property
     def produced(self) -> bool:
@@ -1024,29 +1029,30 @@ class UsageMeter:
         try:
             chunk = decode_chunk(data)
         except (msgspec.DecodeError, RecursionError):
-            self.done = data.lstrip().startswith(b"[DONE]")
+            self.over = data.lstrip().startswith(b"[DONE]")
             return event
         self.add(chunk)
         if chunk.error is not None or (not one_line and is_error_event(event)):
-            self.failed = True
+            self.over = self.failed = True
         if chunk.usage is not None and chunk.choices == [] and self.closing_choice:
             return give_choice(event, self.closing_choice)
         return event
 
     def add(self, chunk: Chunk) -> None:
         """Count a chunk of a stream, or a whole answer."""
-        bytes_before = self.text_bytes
+        text = 0
         for choice in chunk.choices or ():
             part = choice.delta or choice.message
             if part is not None:
-                self.text_bytes += content_bytes(part)
-            if choice.text is not None:
-                self.text_bytes += text_bytes(choice.text)
+                text += content_bytes(part)
+            if choice.text:
+                text += text_bytes(choice.text)
             if choice.finish_reason is not None:
                 self.finished = True
-        if self.text_bytes > bytes_before:
+        if text:
             self.events += 1
-            self.count = max(self.events, -(-self.text_bytes // 4))
+            self.text_bytes += text
+            self.count = max(self.events, (self.text_bytes + 3) // 4)
         if chunk.usage is not None and (usage := read_usage(chunk.usage)):
             self.usage = usage
             self.count_at_usage = self.count
@@ -1084,18 +1090,19 @@ def is_error_event(event: bytes) -> bool:
 
 def content_bytes(part: Delta) -> int:
     """The bytes of a delta's text. A server that is renaming `reasoning_content` sends the same text twice."""
-    total = text_bytes(part.content) if part.content else 0
+    total = 0
+    if part.content:
+        total += len(encode_json(part.content)) if isinstance(part.content, list) else text_bytes(part.content)
     if part.reasoning_content:
         total += text_bytes(part.reasoning_content)
     if part.reasoning and part.reasoning != part.reasoning_content:
         total += text_bytes(part.reasoning)
     if part.refusal:
         total += text_bytes(part.refusal)
-    for calls in (part.tool_calls, part.function_call):
-        if calls:
-            total += sum(map(text_bytes, call_arguments(calls)))
-    if isinstance(part.content, list):
-        total += len(encode_json(part.content))
+    if part.tool_calls:
+        total += sum(map(text_bytes, call_arguments(part.tool_calls)))
+    if part.function_call:
+        total += sum(map(text_bytes, call_arguments(part.function_call)))
     return total
 
 
@@ -1922,9 +1929,9 @@ class Exchange:
         self.waiting_for = "client"
         self.activity += 1
         try:
-            if not self.client.prepared:
-                await self.client.prepare(self.request)
+            if self.first_byte is None:
                 self.first_byte = time.perf_counter()
+                await self.client.prepare(self.request)
             await self.client.write(data)
         except ConnectionError:
             raise asyncio.CancelledError from None
@@ -2238,7 +2245,10 @@ class Proxy:
         try:
             with exchange.watched(answer.target.upstream.idle_seconds):
                 events = answer.first_events
-                while events and not await self.pass_on(exchange, hold, events):
+                while events:
+                    if last := await self.pass_on(exchange, hold, events):
+                        await self.end_stream(exchange, hold, last)
+                        return
                     events = await answer.next_events(exchange)
         except (aiohttp.ClientError, OSError, BrokenStream) as error:
             self.log.say(f"{exchange.request_id} upstream {hold.upstream} broke: {type(error).__name__}: {error}")
@@ -2247,29 +2257,25 @@ class Proxy:
             if meter.finished and meter.usage is None:
                 await self.read_usage(exchange, answer, meter)
             raise
-        if not events and not meter.ended:
+        if not meter.ended:
             raise answer.target.failure("upstream_error", "ended its answer without finishing it.")
-        if not events:
-            hold.outcome = "ok"
-            await hold.settle()
+        hold.outcome = "ok"
+        await hold.settle()
 
-    async def pass_on(self, exchange: Exchange, hold: Hold, events: list[bytes]) -> bool:
-        """Meter whole events and send them on in one write; True at the end of the stream, which awaits the settle."""
+    async def pass_on(self, exchange: Exchange, hold: Hold, events: list[bytes]) -> bytes:
+        """Meter whole events and send them on in one write. The one that ends the stream is returned, not sent."""
         meter = hold.meter
         out: list[bytes] = []
         for event in events:
             piece = meter.feed(event)
             if meter.count > hold.watermark:
                 await self.cover(exchange, hold, out)
-            if meter.done or meter.failed:
-                if out:
-                    await exchange.send(b"".join(out))
-                await self.end_stream(exchange, hold, piece)
-                return True
+            if meter.over:
+                break
             out.append(piece)
         if out:
-            await exchange.send(b"".join(out) if len(out) > 1 else out[0])
-        return False
+            await exchange.send(b"".join(out))
+        return piece if meter.over else b""
 
     async def cover(self, exchange: Exchange, hold: Hold, out: list[bytes]) -> None:
         """Have credits held for the last event, or send what came before it and refuse."""
@@ -2293,7 +2299,7 @@ class Proxy:
     async def end_stream(self, exchange: Exchange, hold: Hold, last: bytes) -> None:
         """Settle, then send the event that ends the stream: [DONE], or an error of the upstream's own."""
         exchange.waiting_for = ""
-        hold.outcome = "ok" if hold.meter.done else "upstream_error"
+        hold.outcome = "upstream_error" if hold.meter.failed else "ok"
         await hold.settle()
         await exchange.send(last)
         if hold.meter.failed:
@@ -2303,7 +2309,7 @@ class Proxy:
         """The client is gone but the answer had finished: its usage is about to come."""
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, BrokenStream):
             async with asyncio.timeout(CLIENT_GONE_USAGE_SECONDS):
-                while meter.usage is None and not meter.done:
+                while meter.usage is None and not meter.over:
                     events = await answer.next_events(exchange)
                     if not events:
                         return
@@ -2511,38 +2517,42 @@ class Log:
 
     def request(self, exchange: Exchange, now: float) -> None:
         hold = exchange.hold
-        bill = hold.resolution.bill if hold and hold.resolution else None
-        first = exchange.first_byte
+        prompt, completion, estimated = (hold.resolution and hold.resolution.bill if hold else None) or (0, 0, False)
+        first, caller, model = exchange.first_byte, exchange.caller, exchange.model
         fields = {
             "time": iso_time(now_ms()),
             "request_id": exchange.request_id,
-            "account": exchange.caller.account if exchange.caller else None,
-            "key": exchange.caller.hint if exchange.caller else None,
-            "model": exchange.model.id if exchange.model else None,
+            "account": caller.account if caller else None,
+            "key": caller.hint if caller else None,
+            "model": model.id if model else None,
             "upstream": hold.upstream if hold else None,
             "status": exchange.status,
             "outcome": exchange.outcome,
-            "prompt_tokens": bill.prompt_tokens if bill else 0,
-            "completion_tokens": bill.completion_tokens if bill else 0,
-            "estimated": bill.estimated if bill else False,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "estimated": estimated,
             "credits": as_credits(hold.settled.charge) if hold and hold.settled else 0,
             "first_byte_ms": round(1000 * (first - exchange.started)) if first else None,
             "ms": round(1000 * (now - exchange.started)),
         }
         if self.form == "json":
             sys.stderr.write(encode_json(fields).decode() + "\n")
-            return
-        who = f"{fields['account'] or '-'} {fields['key'] or '-'} {fields['model'] or '-'} {fields['upstream'] or '-'}"
-        tokens = f"{'~' if fields['estimated'] else ''}{fields['prompt_tokens']}+{fields['completion_tokens']} tokens"
-        times = f"{'-' if first is None else fields['first_byte_ms']}/{fields['ms']} ms"
-        start = f"{fields['time']} {fields['request_id']} {who} {fields['status']} {fields['outcome']}"
-        sys.stderr.write(f"{start} {tokens} {fields['credits']} credits {times}\n")
+        else:
+            shown = {name: "-" if value is None else value for name, value in fields.items()}
+            sys.stderr.write(LOG_LINE.format(**{**shown, "estimated": "~" if estimated else ""}))
+
+
+LOG_LINE = (
+    "{time} {request_id} {account} {key} {model} {upstream} {status} {outcome}"
+    " {estimated}{prompt_tokens}+{completion_tokens} tokens {credits} credits {first_byte_ms}/{ms} ms\n"
+)
 
 
 class Metrics:
     """Counters for Prometheus. Labels are models and upstreams of the files, and our own codes: bounded sets."""
 
     def __init__(self, proxy: Proxy) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = prometheus_client.CollectorRegistry()
         by_model = ("model", "upstream", "outcome")
         counter = partial(prometheus_client.Counter, registry=self.registry)
@@ -2553,6 +2563,9 @@ class Metrics:
         self.prompt_tokens = counter("proxy_prompt_tokens", "Prompt tokens charged.", ("model",))
         self.completion_tokens = counter("proxy_completion_tokens", "Completion tokens charged.", ("model",))
         self.credits = counter("proxy_credits", "Credits charged.", ("model",))
+        # Looked up once for each set of labels, since that costs more than counting.
+        self.requests_by = functools.lru_cache(maxsize=None)(self.requests.labels)
+        self.charged_by = functools.lru_cache(maxsize=None)(self.label_charged)
         self.first_byte = histogram("proxy_first_byte_seconds", "To the answer's first byte.", buckets=seconds)
         self.duration = histogram("proxy_duration_seconds", "To the answer's end.", buckets=seconds)
         self.failures = counter("proxy_upstream_failures", "Attempts that failed.", ("upstream", "code"))
@@ -2566,19 +2579,23 @@ class Metrics:
     def upstream_failed(self, upstream: str, code: str) -> None:
         self.failures.labels(upstream, code).inc()
 
+    def label_charged(self, model: str) -> list[prometheus_client.Counter]:
+        return [counter.labels(model) for counter in (self.prompt_tokens, self.completion_tokens, self.credits)]
+
     def count(self, exchange: Exchange, now: float) -> None:
-        model = exchange.model.id if exchange.model else ""
         hold = exchange.hold
-        self.requests.labels(model, (hold.upstream or "") if hold else "", exchange.outcome).inc()
+        model = exchange.model.id if exchange.model else ""
+        self.requests_by(model, (hold.upstream or "") if hold else "", exchange.outcome).inc()
         if hold is None:
             return
         self.duration.observe(now - exchange.started)
         if exchange.first_byte is not None:
             self.first_byte.observe(exchange.first_byte - exchange.started)
         if hold.resolution and hold.resolution.bill and hold.settled:
-            self.prompt_tokens.labels(model).inc(hold.resolution.bill.prompt_tokens)
-            self.completion_tokens.labels(model).inc(hold.resolution.bill.completion_tokens)
-            self.credits.labels(model).inc(hold.settled.charge / 1000)
+            bill = hold.resolution.bill
+            charged = (bill.prompt_tokens, bill.completion_tokens, hold.settled.charge / 1000)
+            for counter, amount in zip(self.charged_by(model), charged, strict=True):
+                counter.inc(amount)
 
 
 def is_cooling(proxy: Proxy, name: str) -> bool:
