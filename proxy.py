@@ -451,8 +451,7 @@ def to_thousandths(value: Decimal) -> int:
 
 def as_credits(thousandths: int) -> Decimal:
     """Thousandths of a credit as people and the wire see them: 842500 is 842.5."""
-    whole, rest = divmod(abs(thousandths), 1000)
-    return Decimal(f"{'-' if thousandths < 0 else ''}{whole}.{rest:03d}".rstrip("0").rstrip("."))
+    return Decimal(thousandths) / 1000
 
 
 # ---- Catalog --------------------------------------------------------------------------------------------------------
@@ -1006,7 +1005,7 @@ class UsageMeter:
         self.finished = False  # a finish reason has passed
         self.over = False  # [DONE], or
         self.failed = False  # an error event of the upstream's own
-        self.before = (0, 0, 0)
+        self.before: tuple[int, int, int, Usage | None, int] = (0, 0, 0, None, 0)
 
     @property
     def count_certain(self) -> int:
@@ -1023,7 +1022,7 @@ class UsageMeter:
 
     def feed(self, event: bytes) -> bytes:
         """Count one whole event; the bytes to send on, which differ for a closing usage event only."""
-        self.before = (self.events, self.text_bytes, self.count)
+        self.before = (self.events, self.text_bytes, self.count, self.usage, self.count_at_usage)
         one_line = event.startswith(b"data:") and event.find(b"\n") >= len(event) - 2
         data = event[5:] if one_line else join_data_lines(event)
         try:
@@ -1061,7 +1060,7 @@ class UsageMeter:
 
     def take_back(self) -> None:
         """The last event is not sent on after all."""
-        self.events, self.text_bytes, self.count = self.before
+        self.events, self.text_bytes, self.count, self.usage, self.count_at_usage = self.before
 
     def bill(self, prompt_estimate: int, complete: bool) -> Bill:
         """What is owed. Of an answer that was cut short, what came after the last usage is owed too."""
@@ -1960,10 +1959,10 @@ class Exchange:
 def authenticate(request: web.BaseRequest) -> bytes:
     """The SHA-256 of the key that the request bears. `Bearer` is case-sensitive."""
     values = request.headers.getall("Authorization", [])
-    match = re.fullmatch(r"Bearer ([\x21-\x7e]+)", values[0]) if len(values) == 1 else None
-    if match is None:
+    scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+    if scheme != "Bearer" or not key or " " in key or not (key.isascii() and key.isprintable()):
         raise Refusal("missing_api_key", "Send the header `Authorization: Bearer KEY` with your API key.")
-    return hashlib.sha256(match[1].encode()).digest()
+    return hashlib.sha256(key.encode()).digest()
 
 
 class Proxy:
@@ -2530,7 +2529,7 @@ class Log:
             "outcome": exchange.outcome,
             "prompt_tokens": prompt,
             "completion_tokens": completion,
-            "estimated": estimated,
+            "estimated": estimated if self.form == "json" else " estimated" * estimated,
             "credits": as_credits(hold.settled.charge) if hold and hold.settled else 0,
             "first_byte_ms": round(1000 * (first - exchange.started)) if first else None,
             "ms": round(1000 * (now - exchange.started)),
@@ -2538,14 +2537,10 @@ class Log:
         if self.form == "json":
             sys.stderr.write(encode_json(fields).decode() + "\n")
         else:
-            shown = {name: "-" if value is None else value for name, value in fields.items()}
-            sys.stderr.write(LOG_LINE.format(**{**shown, "estimated": "~" if estimated else ""}))
+            sys.stderr.write(LOG_LINE % tuple("-" if value is None else value for value in fields.values()))
 
 
-LOG_LINE = (
-    "{time} {request_id} {account} {key} {model} {upstream} {status} {outcome}"
-    " {estimated}{prompt_tokens}+{completion_tokens} tokens {credits} credits {first_byte_ms}/{ms} ms\n"
-)
+LOG_LINE = "%s %s %s %s %s %s %s %s %s+%s tokens%s %s credits %s/%s ms\n"
 
 
 class Metrics:
