@@ -28,6 +28,8 @@ import functools
 import hashlib
 import io
 import itertools
+import json
+import logging
 import os
 import re
 import secrets
@@ -172,6 +174,10 @@ class ConfigError(Exception):
     """A sentence with file, line, key, what was expected and the nearest valid name."""
 
 
+class CommandError(Exception):
+    """What keeps a command, or the server, from running: a sentence on stderr, and exit 1."""
+
+
 class YamlFile:
     """One YAML file as plain values, with the line of every key.
 
@@ -236,7 +242,9 @@ class YamlFile:
     def unknown(self, path: Sequence[str], what: str, name: str, valid: Iterable[str]) -> ConfigError:
         names = list(valid)
         nearest = difflib.get_close_matches(name, names, 1, 0.5)
-        hint = f'did you mean "{nearest[0]}"?' if nearest else f"expected one of: {', '.join(names) or 'none'}"
+        hint = f"expected one of: {', '.join(names) or 'none'}"
+        if nearest:
+            hint = f'did you mean "{nearest[0]}"?' + (f" {hint}" if len(names) < 20 else "")
         return self.error(path, f"unknown {what}; {hint}")
 
     def section(self, path: tuple[str, ...], kind: type[T], value: Any) -> T:
@@ -251,6 +259,10 @@ class YamlFile:
             inner = tuple(a or b for a, b in re.findall(r"\.(\w+)|\[(\d+)\]", where))
             if missing := re.search(r"missing required field `(\w+)`", message):
                 message = f'the key "{missing[1]}" is missing'
+            if len(inner) == 1 and (literals := literals_of(kind, inner[0])):
+                raise self.unknown(
+                    (*path, *inner), f'value "{value[inner[0]]}"', str(value[inner[0]]), literals
+                ) from None
             raise self.error((*path, *inner), message[0].lower() + message[1:].replace("`", "")) from None
 
     def check_keys(self, path: tuple[str, ...], kind: Any, value: Any) -> None:
@@ -267,6 +279,15 @@ class YamlFile:
         if not isinstance(value, dict) or not value:
             raise self.error((key,), "expected a mapping with at least one entry")
         return value
+
+
+def literals_of(kind: Any, name: str) -> list[str]:
+    """The only values that a field may have, if it is one of those."""
+    struct = msgspec.inspect.type_info(kind)
+    assert isinstance(struct, msgspec.inspect.StructType)
+    info = next(field.type for field in struct.fields if field.name == name)
+    types = info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
+    return [str(value) for one in types if isinstance(one, msgspec.inspect.LiteralType) for value in one.values]
 
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=TOKENS_MAX)]
@@ -542,7 +563,7 @@ class Catalog:
     def find(self, name: str, now: float) -> Model:
         model = self.models.get(self.aliases.get(name, name))
         if model is None:
-            near = difflib.get_close_matches(name, [*self.models, *self.aliases], 3, 0.4)
+            near = difflib.get_close_matches(name, [*self.models, *self.aliases], 3, 0.5)
             hint = f"Did you mean {' or '.join(near)}?" if near else "GET /v1/models lists the models."
             raise Refusal("model_not_found", f'There is no model "{name}". {hint}', param="model")
         if model.deprecated and now >= model.deprecated.sunset:
@@ -699,6 +720,7 @@ class Ask:
     stream: bool
     wants_usage: bool
     choices: int
+    choices_a_prompt: int
     max_tokens: int | None
     prompt_estimate: int
 
@@ -724,13 +746,15 @@ def parse_request(endpoint: Endpoint, raw: bytes) -> Ask:
         raise Refusal("validation_failed", f"{name}: {why[0]}", param=name, top={"errors": errors})
     prompts, estimate = estimate_prompt(endpoint, body)
     named = [body[name] for name in MAXIMA if body.get(name) is not None]
+    n = body.get("n") or 1
     return Ask(
         endpoint=endpoint,
         body=body,
         model=body["model"],
         stream=bool(body.get("stream")) and endpoint.empty_choice != b"",
         wants_usage=bool((body.get("stream_options") or {}).get("include_usage")),
-        choices=max(body.get("n") or 1, body.get("best_of") or 1) * prompts if endpoint.empty_choice else 0,
+        choices=max(n, body.get("best_of") or 1) * prompts if endpoint.empty_choice else 0,
+        choices_a_prompt=n,
         max_tokens=min(named) if named else None,
         prompt_estimate=estimate,
     )
@@ -762,11 +786,7 @@ def check_values(endpoint: Endpoint, body: dict[str, Any], errors: dict[str, lis
 
     model = body.get("model")
     expect(isinstance(model, str) and model != "", "model", "the id of a model")
-    expect(
-        body.get("stream") in (None, True, False) and type(body.get("stream")) is not int,
-        "stream",
-        "a boolean",
-    )
+    expect(body.get("stream") is None or isinstance(body["stream"], bool), "stream", "a boolean")
     options = body.get("stream_options")
     expect(options is None or isinstance(options, dict), "stream_options", "an object")
     if isinstance(options, dict):
@@ -864,7 +884,7 @@ def text_bytes(value: Any) -> int:
     """The UTF-8 length of a text; what is no text has none."""
     if not isinstance(value, str):
         return 0
-    return len(value) if value.isascii() else len(value.encode())
+    return len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
 
 
 def forward_body(ask: Ask, model: Model, upstream: Upstream, max_tokens: int | None) -> bytes:
@@ -899,6 +919,8 @@ class EventSplitter:
         self.tail = bytearray()
 
     def feed(self, read: bytes) -> list[bytes]:
+        if not self.tail and read.find(b"\n\n") + 2 == len(read) > 1 and b"\r" not in read:
+            return [read]  # nearly every read is one event
         if self.tail:
             resume = len(self.tail) - 1  # the two bytes that end an event may come in two reads
             self.tail += read
@@ -945,6 +967,7 @@ class Delta(msgspec.Struct, gc=False):
 
 
 class Choice(msgspec.Struct, gc=False):
+    index: Any = 0
     delta: Delta | None = None
     message: Delta | None = None
     text: Any = None
@@ -960,6 +983,7 @@ class Chunk(msgspec.Struct, gc=False):
 
 
 decode_chunk = msgspec.json.Decoder(Chunk).decode
+PROBE = b"a text that no model wrote"
 
 
 class Usage(NamedTuple):
@@ -993,8 +1017,9 @@ class UsageMeter:
     bytes / 4. `count_certain` is what even a text of very long tokens must have used.
     """
 
-    def __init__(self, endpoint: Endpoint, choices: int, wants_usage: bool) -> None:
+    def __init__(self, endpoint: Endpoint, choices: int, wants_usage: bool, choices_a_prompt: int = 1) -> None:
         self.several = choices > 1
+        self.choices_a_prompt = choices_a_prompt
         self.closing_choice = b"" if wants_usage else endpoint.empty_choice
         self.events = 0
         self.text_bytes = 0
@@ -1002,10 +1027,13 @@ class UsageMeter:
         self.usage: Usage | None = None
         self.count_at_usage = 0
         self.closing: Usage | None = None
+        self.by_choice: dict[int, Usage] = {}
         self.finished = False  # a finish reason has passed
         self.over = False  # [DONE], or
         self.failed = False  # an error event of the upstream's own
-        self.before: tuple[int, int, int, Usage | None, int] = (0, 0, 0, None, 0)
+        self.last_bytes = 0
+        self.usage_before: tuple[Usage | None, int] = (None, 0)
+        self.prefix = self.suffix = b"\0"  # of no event
 
     @property
     def count_certain(self) -> int:
@@ -1022,20 +1050,43 @@ class UsageMeter:
 
     def feed(self, event: bytes) -> bytes:
         """Count one whole event; the bytes to send on, which differ for a closing usage event only."""
-        self.before = (self.events, self.text_bytes, self.count, self.usage, self.count_at_usage)
-        one_line = event.startswith(b"data:") and event.find(b"\n") >= len(event) - 2
-        data = event[5:] if one_line else join_data_lines(event)
-        try:
-            chunk = decode_chunk(data)
-        except (msgspec.DecodeError, RecursionError):
-            self.over = data.lstrip().startswith(b"[DONE]")
+        self.usage_before = (self.usage, self.count_at_usage)
+        if event.startswith(self.prefix) and event.endswith(self.suffix):
+            text = event[len(self.prefix) : -len(self.suffix)]
+            if b'"' not in text and b"\\" not in text and b"\n" not in text:
+                self.count_text(len(text))
+                return event
+        chunk = decode_event(event)
+        if chunk is None:
+            self.count_text(0)
+            self.failed = is_error_event(event)
+            self.over = self.failed or join_data_lines(event).lstrip().startswith(b"[DONE]")
             return event
         self.add(chunk)
-        if chunk.error is not None or (not one_line and is_error_event(event)):
+        if chunk.error is not None or (event[:5] != b"data:" and is_error_event(event)):
             self.over = self.failed = True
         if chunk.usage is not None and chunk.choices == [] and self.closing_choice:
             return give_choice(event, self.closing_choice)
+        self.learn(event, chunk)
         return event
+
+    def learn(self, event: bytes, chunk: Chunk) -> None:
+        """Remember what surrounds the text of an event that bears nothing else.
+
+        Servers repeat it to the byte. Of the next event that begins and ends so, what is between is its text, if no
+        quote or escape is in it: counted without being parsed, at a fifth of the cost. That it is the text is proved
+        by decoding the event with another text in its place.
+        """
+        if not chunk.choices or not chunk.choices[0].delta:
+            return
+        text = chunk.choices[0].delta.content
+        if not text or not isinstance(text, str):
+            return
+        with contextlib.suppress(msgspec.DecodeError, UnicodeEncodeError):
+            prefix, found, suffix = event.partition(encode_json(text)[1:-1])
+            alone = Chunk([Choice(index=chunk.choices[0].index, delta=Delta(PROBE.decode()))])
+            if found and decode_chunk(prefix[5:] + PROBE + suffix) == alone:
+                self.prefix, self.suffix = prefix, suffix
 
     def add(self, chunk: Chunk) -> None:
         """Count a chunk of a stream, or a whole answer."""
@@ -1048,23 +1099,33 @@ class UsageMeter:
                 text += text_bytes(choice.text)
             if choice.finish_reason is not None:
                 self.finished = True
-        if text:
-            self.events += 1
-            self.text_bytes += text
-            self.count = max(self.events, (self.text_bytes + 3) // 4)
+        self.count_text(text)
         if chunk.usage is not None and (usage := read_usage(chunk.usage)):
             self.usage = usage
             self.count_at_usage = self.count
-            if self.several and chunk.choices == []:
+            if self.several and chunk.choices:
+                index = chunk.choices[0].index
+                self.by_choice[index if type(index) is int else 0] = usage
+            elif self.several:
                 self.closing = add_closing(self.closing, usage)
+
+    def count_text(self, text_bytes: int) -> None:
+        self.last_bytes = text_bytes
+        if text_bytes:
+            self.events += 1
+            self.text_bytes += text_bytes
+            self.count = max(self.events, (self.text_bytes + 3) // 4)
 
     def take_back(self) -> None:
         """The last event is not sent on after all."""
-        self.events, self.text_bytes, self.count, self.usage, self.count_at_usage = self.before
+        self.usage, self.count_at_usage = self.usage_before
+        self.events -= self.last_bytes > 0
+        self.text_bytes -= self.last_bytes
+        self.count = max(self.events, (self.text_bytes + 3) // 4)
 
     def bill(self, prompt_estimate: int, complete: bool) -> Bill:
         """What is owed. Of an answer that was cut short, what came after the last usage is owed too."""
-        usage = self.closing or self.usage
+        usage = self.closing or self.usage_of_choices() or self.usage
         if usage is None:
             return Bill(prompt_estimate, self.count, True)
         prompt, completion = usage
@@ -1075,6 +1136,31 @@ class UsageMeter:
             min((self.count_at_usage if completion is None else completion) + uncounted, TOKENS_MAX),
             estimated,
         )
+
+    def usage_of_choices(self) -> Usage | None:
+        """The sum, where each choice closes with a usage of its own, as llama.cpp's completions do.
+
+        It is known by the last one: a total is no less than the events that bore content.
+        """
+        if not self.by_choice or self.usage is None or (self.usage.completion_tokens or 0) >= self.events:
+            return None
+        prompts = {index // self.choices_a_prompt: usage.prompt_tokens or 0 for index, usage in self.by_choice.items()}
+        completions = sum(usage.completion_tokens or 0 for usage in self.by_choice.values())
+        return Usage(min(sum(prompts.values()), TOKENS_MAX), min(completions, TOKENS_MAX))
+
+
+def decode_event(event: bytes) -> Chunk | None:
+    """What an event says, or None if that is nothing to be counted: a comment, [DONE], or what is no JSON object.
+
+    White space is the same to JSON, so an event of one line needs no splitting. Clients in Python also read NaN,
+    infinities and lone surrogates, which some servers send among log probabilities.
+    """
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        if event.startswith(b"data:"):
+            return decode_chunk(event[5:])
+    with contextlib.suppress(ValueError, RecursionError):
+        return msgspec.convert(json.loads(join_data_lines(event)), Chunk)
+    return None
 
 
 def join_data_lines(event: bytes) -> bytes:
@@ -1194,6 +1280,8 @@ CREATE TABLE request (
 ) STRICT;
 CREATE INDEX request_open ON request (account_id) WHERE state = 'open';
 
+CREATE INDEX credit_grant_account ON credit_grant (account_id);
+
 CREATE TRIGGER request_is_resolved_once BEFORE UPDATE ON request WHEN OLD.state <> 'open'
 BEGIN SELECT RAISE(ABORT, 'a resolved request is never edited'); END;
 CREATE TRIGGER request_is_never_deleted BEFORE DELETE ON request
@@ -1233,9 +1321,14 @@ RESOLVE_REQUEST = """
         charge = (? + ?) * multiplier, resolved_at = ?
     WHERE id = ? AND state = 'open' RETURNING account_id, hold, charge
 """
-CHARGE_ACCOUNT = """
+# Free credits go first; past their day, only to a request whose hold is from before it, and as far as that reserves.
+FREE_SPENT = f"""
+    min(free, :charge, CASE WHEN free_expires_at > :now THEN :charge
+        WHEN :request_id < free_expires_at << {REQUEST_ID_BITS} THEN :hold ELSE 0 END)
+"""
+CHARGE_ACCOUNT = f"""
     UPDATE account SET held = held - :hold, open_requests = open_requests - 1, charged = charged + :charge,
-        free = free - min(free, :charge), paid = paid - (:charge - min(free, :charge))
+        free = free - {FREE_SPENT}, paid = paid - (:charge - {FREE_SPENT})
     WHERE id = :account_id RETURNING free, paid, free_expires_at
 """
 
@@ -1372,10 +1465,10 @@ def over_limits(caller: Caller, limits: Tier, now: int) -> Refusal | None:
     minute = now // 60_000
     if limits.requests_per_minute is not None and caller.requests_in(minute) >= limits.requests_per_minute:
         wait = 60 - now // 1000 % 60
-        message = f"The account may make {limits.requests_per_minute} requests a minute. Try again in {wait} seconds."
+        message = f"The limit is {limits.requests_per_minute} a minute for this account. Try again in {wait} seconds."
         return caller.refuse("rate_limit_exceeded", message, headers=retry_after(wait), top={"retry_after": wait})
     if limits.parallel is not None and caller.open_requests >= limits.parallel:
-        message = f"The account may have {limits.parallel} requests under way at once. Wait for one to end."
+        message = f"The limit is {limits.parallel} at once for this account. Wait for a request to end."
         return caller.refuse("too_many_parallel_requests", message, headers=retry_after(1), top={"retry_after": 1})
     return None
 
@@ -1425,7 +1518,7 @@ def settle(db: sqlite3.Connection, end: Resolution, now: int) -> Settled | None:
     if row is None:
         return None
     account_id, amount, charge = row
-    changes = {"hold": amount, "charge": charge, "account_id": account_id}
+    changes = {"hold": amount, "charge": charge, "account_id": account_id, "now": now, "request_id": end.request_id}
     free, paid, expires_at = db.execute(CHARGE_ACCOUNT, changes).fetchone()
     if free and now >= (expires_at or 0):
         db.execute(LAPSE, {"now": now, "account_id": account_id})
@@ -1458,7 +1551,7 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
     with transaction(db):
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
-            raise ConfigError(f"{path}: was made by a newer proxy (schema {version}, this one knows {SCHEMA_VERSION})")
+            raise CommandError(f"{path}: was made by a newer proxy (schema {version}, this one knows {SCHEMA_VERSION})")
         if version == 0:
             for statement in split_statements(SCHEMA):
                 db.execute(statement)
@@ -1745,9 +1838,7 @@ class Hold:
         tokens = self.order.slice_tokens or self.ledger.config.hold_output_tokens
         if self.granted < self.bound:
             tokens = min(tokens, self.bound - self.granted)
-        verb = partial(
-            extend, request_id=self.order.request_id, tokens=tokens, count=self.meter.before[2], now=now_ms()
-        )
+        verb = partial(extend, request_id=self.order.request_id, tokens=tokens, count=self.meter.count, now=now_ms())
         return self.ledger.submit(verb)
 
 
@@ -1845,11 +1936,16 @@ class Answer:
         else:
             self.response.close()
 
+    async def read(self, exchange: Exchange) -> bytes:
+        """What has come, or comes next; nothing at the end of the answer."""
+        exchange.waiting_for = "upstream"
+        read = await self.response.content.readany()
+        exchange.activity += 1
+        return read
+
     async def next_events(self, exchange: Exchange) -> list[bytes]:
         """The whole events of the next read that completes one; none at the end of the answer."""
-        exchange.waiting_for = "upstream"
-        while read := await self.response.content.readany():
-            exchange.activity += 1
+        while read := await self.read(exchange):
             if events := self.splitter.feed(read):
                 return events
         return []
@@ -1858,8 +1954,7 @@ class Answer:
         """The body, read piece by piece so that silence can be told from a long answer."""
         pieces = []
         size = 0
-        while read := await self.response.content.readany():
-            exchange.activity += 1
+        while read := await self.read(exchange):
             exchange.patience = self.target.upstream.idle_seconds
             pieces.append(read)
             size += len(read)
@@ -2047,7 +2142,7 @@ class Proxy:
             await self.identify(exchange, key_hash)
             raise
         exchange.ask, exchange.model = ask, model
-        meter = UsageMeter(endpoint, ask.choices, ask.wants_usage)
+        meter = UsageMeter(endpoint, ask.choices, ask.wants_usage, ask.choices_a_prompt)
         async with Hold(self.ledger, self.order(exchange, ask, model, key_hash), meter) as hold:  # 4
             exchange.hold, exchange.caller = hold, hold.caller
             try:
@@ -2144,10 +2239,11 @@ class Proxy:
         exchange.hold.upstream = upstream.name
         if upstream.missing:
             name = upstream.missing[0]
-            raise target.failure("upstream_unavailable", f"is off: the environment variable {name} is not set.")
+            why = f"is off: the environment variable {name} is not set."
+            raise target.failure("upstream_unavailable", why, headers={"x-should-retry": "false"})
         try:
             with exchange.watched(upstream.first_byte_seconds):
-                response = await self.post(exchange.hold, target, exchange.ask.endpoint.path, body)
+                response = await self.post(exchange, target, body)
                 return await self.begin_answer(exchange, Answer(response, target))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self.cool(target, error)
@@ -2162,22 +2258,24 @@ class Proxy:
             f"upstream {target.upstream.name} skipped for {COOLDOWN_SECONDS} s where another is there: {error}"
         )
 
-    async def post(self, hold: Hold, target: Target, path: str, body: bytes) -> aiohttp.ClientResponse:
+    async def post(self, exchange: Exchange, target: Target, body: bytes) -> aiohttp.ClientResponse:
         """Send the request; once more if the connection, which was pooled, turns out to be dead."""
+        assert exchange.hold is not None and exchange.ask is not None
+        url = target.urls[exchange.ask.endpoint.path]
+        headers = {"Accept": exchange.request.headers.get("Accept", "*/*"), **target.headers}
         for last_try in (False, True):
             upload = Upload(body)
             try:
                 return await self.session.post(
-                    target.urls[path], data=upload, headers=target.headers, timeout=target.timeout,
-                    allow_redirects=False,
-                )  # fmt: skip
+                    url, data=upload, headers=headers, timeout=target.timeout, allow_redirects=False
+                )
             except aiohttp.ClientConnectorError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                 if last_try:
                     raise
             finally:
-                hold.sent = hold.sent or upload.begun
+                exchange.hold.sent = exchange.hold.sent or upload.begun
         raise AssertionError("the last try returns or raises")
 
     async def begin_answer(self, exchange: Exchange, answer: Answer) -> Answer:
@@ -2244,11 +2342,19 @@ class Proxy:
         try:
             with exchange.watched(answer.target.upstream.idle_seconds):
                 events = answer.first_events
-                while events:
-                    if last := await self.pass_on(exchange, hold, events):
-                        await self.end_stream(exchange, hold, last)
-                        return
-                    events = await answer.next_events(exchange)
+                while events and not meter.over:
+                    out = []
+                    for event in events:
+                        out.append(meter.feed(event))
+                        if meter.count > hold.watermark:
+                            await self.cover(exchange, hold, out)
+                        if meter.over:
+                            break
+                    last = out.pop() if meter.over else b""
+                    if out:
+                        await exchange.send(b"".join(out))
+                    if not last:
+                        events = await answer.next_events(exchange)
         except (aiohttp.ClientError, OSError, BrokenStream) as error:
             self.log.say(f"{exchange.request_id} upstream {hold.upstream} broke: {type(error).__name__}: {error}")
             raise answer.target.failure("upstream_error", "broke off its answer.") from None
@@ -2258,26 +2364,11 @@ class Proxy:
             raise
         if not meter.ended:
             raise answer.target.failure("upstream_error", "ended its answer without finishing it.")
-        hold.outcome = "ok"
-        await hold.settle()
-
-    async def pass_on(self, exchange: Exchange, hold: Hold, events: list[bytes]) -> bytes:
-        """Meter whole events and send them on in one write. The one that ends the stream is returned, not sent."""
-        meter = hold.meter
-        out: list[bytes] = []
-        for event in events:
-            piece = meter.feed(event)
-            if meter.count > hold.watermark:
-                await self.cover(exchange, hold, out)
-            if meter.over:
-                break
-            out.append(piece)
-        if out:
-            await exchange.send(b"".join(out))
-        return piece if meter.over else b""
+        await self.end_stream(exchange, hold, last)
 
     async def cover(self, exchange: Exchange, hold: Hold, out: list[bytes]) -> None:
-        """Have credits held for the last event, or send what came before it and refuse."""
+        """Have credits held for the last event in `out`; if they run out, send what comes before it and refuse."""
+        last = out.pop()
         if hold.uncovered() and out:
             await exchange.send(b"".join(out))
             out.clear()
@@ -2288,19 +2379,19 @@ class Proxy:
             if not covered:
                 hold.meter.take_back()
         if not covered:
-            credits = as_credits(hold.caller.free + hold.caller.paid)
             raise Refusal(
                 "insufficient_credits",
                 "The account's credits are used up, so the answer ends here. Add credits.",
-                detail={"credits": credits},
+                detail={"credits": as_credits(hold.caller.free + hold.caller.paid)},
             )
+        out.append(last)
 
     async def end_stream(self, exchange: Exchange, hold: Hold, last: bytes) -> None:
-        """Settle, then send the event that ends the stream: [DONE], or an error of the upstream's own."""
-        exchange.waiting_for = ""
+        """Settle, then send the event that ends the stream: [DONE], an error of the upstream's own, or none."""
         hold.outcome = "upstream_error" if hold.meter.failed else "ok"
         await hold.settle()
-        await exchange.send(last)
+        if last:
+            await exchange.send(last)
         if hold.meter.failed:
             self.end_uncleanly(exchange)
 
@@ -2654,6 +2745,7 @@ async def running(config: Config, hurry: asyncio.Event | None = None) -> AsyncIt
     catalog = load_catalog(config.models, config.upstreams)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(own_database(config.database))
+        connect(config.database).close()  # what is wrong with it is said here, before there are threads
         config = await start_echo(config, stack)
         proxy = Proxy(config, catalog, Log(config.log))
         await proxy.ledger.open()
@@ -2666,6 +2758,7 @@ async def running(config: Config, hurry: asyncio.Event | None = None) -> AsyncIt
             read_bufsize=64 * 1024,
         )
         await stack.enter_async_context(proxy.session)
+        aiohttp.log.server_logger.addFilter(is_worth_a_traceback)
         server = web.Server(
             proxy.answer, handler_cancellation=True, access_log=None, keepalive_timeout=CLIENT_IDLE_SECONDS
         )
@@ -2684,13 +2777,19 @@ async def running(config: Config, hurry: asyncio.Event | None = None) -> AsyncIt
             await asyncio.wait([watch])
 
 
+def is_worth_a_traceback(record: logging.LogRecord) -> bool:
+    """Bytes that are no HTTP get their 400 from aiohttp; anybody could fill the log with them."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, aiohttp.http_exceptions.HttpProcessingError)
+
+
 async def listen(runner: web.ServerRunner, config: Config) -> web.TCPSite:
     site = web.TCPSite(runner, config.host, config.port, backlog=2048)
     try:
         await site.start()
     except OSError as error:
         why = error.strerror or str(error)
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {why}. Is another server running?") from None
+        raise CommandError(f"cannot listen on {config.host}:{config.port}: {why}. Is another server running?") from None
     return site
 
 
@@ -2726,7 +2825,7 @@ def own_database(path: Path) -> Iterator[None]:
         file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be opened: {error.strerror}") from None
+        raise CommandError(f"{path}: cannot be opened: {error.strerror}") from None
     try:
         if sys.platform != "win32":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2735,7 +2834,7 @@ def own_database(path: Path) -> Iterator[None]:
         yield
     except BlockingIOError:
         owner = os.read(file, 20).decode() or "unknown"
-        raise ConfigError(f"{path}: the server with pid {owner} has it; stop that one first") from None
+        raise CommandError(f"{path}: the server with pid {owner} has it; stop that one first") from None
     finally:
         os.close(file)
 
@@ -2824,10 +2923,6 @@ async def probe(session: aiohttp.ClientSession, target: Target, seconds: float) 
 
 
 # ---- Commands -------------------------------------------------------------------------------------------------------
-
-
-class CommandError(Exception):
-    """A sentence on stderr, and exit 1."""
 
 
 class Report(NamedTuple):
@@ -3162,10 +3257,11 @@ def audit_account(
 def check(db: sqlite3.Connection, config: Config, options: argparse.Namespace) -> Report:
     """Both files (they are good, or this would not run), the database, the tiers in use, and each upstream."""
     catalog = load_catalog(config.models, config.upstreams)
+    (accounts,) = db.execute("SELECT count(*) FROM account").fetchone()
     lines = [
         (True, f"{config.path}: {len(config.tiers)} tiers, {len(config.upstreams)} upstreams"),
         (True, f"{config.models}: {len(catalog.models)} models"),
-        (True, f"{config.database}: {db.execute('SELECT count(*) FROM account').fetchone()[0]} accounts"),
+        (True, f"{config.database}: {accounts} accounts" if config.database.exists() else "no database yet"),
     ]
     for (tier,) in db.execute("SELECT DISTINCT tier FROM account"):
         if tier not in config.tiers:
@@ -3277,9 +3373,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_command(config: Config, options: argparse.Namespace) -> int:
-    if options.run is not account_add and not config.database.exists():
-        raise CommandError(f"{config.database}: there is no database yet; `serve` or `account add` makes it")
-    with contextlib.closing(connect(config.database)) as db:
+    database = config.database
+    if options.run is check and not database.exists():
+        database = Path(":memory:")
+    elif options.run is not account_add and not database.exists():
+        raise CommandError(f"{database}: there is no database yet; `serve` or `account add` makes it")
+    with contextlib.closing(connect(database)) as db:
         report = options.run(db, config, options)
     print(encode_json(report.value).decode() if options.json else "\n".join(report.lines))
     return 0 if report.ok else 1
