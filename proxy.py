@@ -38,7 +38,7 @@ import sqlite3
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from email.utils import formatdate
@@ -70,6 +70,7 @@ T = TypeVar("T")
 KEY_CHECKED_FIRST_BYTES = 64 * 1024  # a larger body is read only for a key that is known
 BODY_SECONDS = 30  # a request body gets this long, and a second more for each
 BODY_BYTES_PER_SECOND = 16 * 1024  # of its bytes that came: a drip-fed body is cut, a slow line is not
+BODY_VALUES_MAX = 500_000  # objects and lists in a body: millions would hold everybody up for seconds
 EVENT_BYTES_MAX = 16 * 1024**2  # images travel in one SSE event; past this the stream is broken
 ANSWER_BYTES_MAX = 64 * 1024**2  # an answer that is not streamed is kept whole until it is settled
 ERROR_BYTES_MAX = 64 * 1024  # of an upstream's error body
@@ -77,6 +78,7 @@ TOKENS_MAX = 2**31
 CHOICES_MAX = 128
 OUTPUT_TOKENS_DEFAULT = 8192  # the bound of an answer when neither request nor model names one
 MULTIPLIER_MAX = 10_000  # keeps the largest charge (2^31 tokens, 128 choices) within SQLite's 64 bits
+CREDITS_MAX = 10**12  # in one grant
 SUNSET_NOTICE_DAYS = 30
 KEEP_ALIVE_SECONDS = 15  # of silence, then a comment: nginx and many load balancers cut at 60
 CLIENT_STALL_SECONDS = 60  # without the client taking a byte
@@ -213,7 +215,7 @@ class YamlFile:
             return self.scalar(node, path)
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
+            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
             line = key_node.start_mark.line + 1
             if (*path, key) in self.lines and key in values:
                 first = self.lines[(*path, key)]
@@ -227,9 +229,11 @@ class YamlFile:
     def scalar(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
         try:
             if node.tag == "tag:yaml.org,2002:float":
-                return Decimal(node.value)
+                return Decimal(node.value.replace("_", ""))
             return self.scalars.construct_object(node)
-        except (ValueError, InvalidOperation, yaml.YAMLError) as error:
+        except InvalidOperation:
+            raise self.error(path, f"expected a finite number, got {node.value}") from None
+        except (ValueError, yaml.YAMLError) as error:
             raise self.error(path, f"cannot be read: {error}") from None
 
     def error(self, path: Sequence[str], message: str, line: int | None = None) -> ConfigError:
@@ -404,17 +408,29 @@ def load_config(path: Path) -> Config:
 def load_upstream(file: YamlFile, name: str, raw: Any) -> Upstream:
     missing: list[str] = []
     section = file.section(("upstreams", name), UpstreamSection, substitute(raw, missing))
-    path = ("upstreams", name, "base_url")
+    path = ("upstreams", name)
     if (section.base_url is None) == (section.builtin is None):
-        raise file.error(path[:2], "expected either base_url or builtin: echo")
-    if section.base_url is not None and not missing:
-        url = URL(section.base_url)
-        if url.scheme not in ("http", "https") or not url.host:
-            raise file.error(path, f'expected a URL such as http://127.0.0.1:11434/v1, got "{section.base_url}"')
-    for text in (*section.headers, *section.headers.values(), section.api_key or ""):
-        if re.search(r"[\x00-\x1f\x7f]", text):
-            raise file.error(path[:2], "headers and api_key must not hold control characters")
+        raise file.error(path, "expected either base_url or builtin: echo")
+    if section.base_url is not None and not missing and not is_base_url(section.base_url):
+        expected = "expected a URL such as http://127.0.0.1:11434/v1 (a key goes into api_key)"
+        raise file.error((*path, "base_url"), f'{expected}, got "{section.base_url}"')
+    for header, text in {"Authorization": section.api_key or "", **section.headers}.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", header) or header.lower() in HEADERS_NOT_FOR_CONFIG:
+            raise file.error((*path, "headers"), f'"{header}" is not the name of a header that can be set')
+        if not text.isprintable():
+            raise file.error(path, "headers and api_key must not hold control characters")
     return Upstream(**msgspec.structs.asdict(section), name=name, missing=tuple(missing))
+
+
+HEADERS_NOT_FOR_CONFIG = ("host", "content-length", "transfer-encoding", "connection")
+
+
+def is_base_url(text: str) -> bool:
+    try:
+        url = URL(text)
+        return url.scheme in ("http", "https") and bool(url.host and url.port) and not (url.user or url.query_string)
+    except ValueError:
+        return False
 
 
 def substitute_all(file: YamlFile) -> dict[str, Any]:
@@ -453,7 +469,7 @@ def parse_listen(file: YamlFile, listen: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def parse_thousandths(file: YamlFile, path: tuple[str, ...], value: Decimal, most: int = 10**12) -> int:
+def parse_thousandths(file: YamlFile, path: tuple[str, ...], value: Decimal, most: int = CREDITS_MAX) -> int:
     try:
         thousandths = to_thousandths(value)
     except ValueError as error:
@@ -465,7 +481,7 @@ def parse_thousandths(file: YamlFile, path: tuple[str, ...], value: Decimal, mos
 
 def to_thousandths(value: Decimal) -> int:
     """Credits, or a multiplier, as an integer of the smallest unit; ValueError if it does not fit exactly."""
-    if not value.is_finite() or (value * 1000) % 1:
+    if not value.is_finite() or abs(value) > CREDITS_MAX or (value * 1000) % 1:
         raise ValueError("expected a number with at most three decimals")
     return int(value * 1000)
 
@@ -541,12 +557,12 @@ class Model:
         """Before its announcement a deprecation is not shown."""
         return self.deprecated if self.deprecated and self.deprecated.announced <= now else None
 
-    def prompt_tokens(self, estimate: int) -> int:
+    def prompt_tokens(self, estimate: int, prompts: int) -> int:
         """No prompt that a model accepts is longer than its context window."""
-        return min(estimate, self.context_window or estimate)
+        return min(estimate, self.context_window * prompts) if self.context_window else estimate
 
     def output_tokens(self, prompt_tokens: int) -> int:
-        """The longest answer, where the request names no maximum."""
+        """The longest answer to one prompt, where the request names no maximum."""
         if self.max_output_tokens:
             return self.max_output_tokens
         return max(1, self.context_window - prompt_tokens) if self.context_window else OUTPUT_TOKENS_DEFAULT
@@ -645,8 +661,7 @@ def load_deprecation(file: YamlFile, path: tuple[str, ...], entry: DeprecationSe
     if entry is None:
         return None
     if (entry.sunset - entry.announced).days < SUNSET_NOTICE_DAYS:
-        earliest = entry.announced + datetime.timedelta(days=SUNSET_NOTICE_DAYS)
-        raise file.error((*path, "sunset"), f"expected {earliest} or later, {SUNSET_NOTICE_DAYS} days after announced")
+        raise file.error((*path, "sunset"), f"expected a date {SUNSET_NOTICE_DAYS} days or more after announced")
     return Deprecation(unix_day(entry.announced), unix_day(entry.sunset), entry.replacement)
 
 
@@ -721,6 +736,7 @@ class Ask:
     wants_usage: bool
     choices: int
     choices_a_prompt: int
+    prompts: int
     max_tokens: int | None
     prompt_estimate: int
 
@@ -730,6 +746,8 @@ def parse_request(endpoint: Endpoint, raw: bytes) -> Ask:
 
     msgspec refuses NaN and lone surrogates. Members that the proxy does not read pass untouched.
     """
+    if raw.count(b"{") + raw.count(b"[") > BODY_VALUES_MAX:
+        raise Refusal("invalid_json", f"The request body has more than {BODY_VALUES_MAX} objects and lists.")
     try:
         body = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -755,6 +773,7 @@ def parse_request(endpoint: Endpoint, raw: bytes) -> Ask:
         wants_usage=bool((body.get("stream_options") or {}).get("include_usage")),
         choices=max(n, body.get("best_of") or 1) * prompts if endpoint.empty_choice else 0,
         choices_a_prompt=n,
+        prompts=prompts,
         max_tokens=min(named) if named else None,
         prompt_estimate=estimate,
     )
@@ -863,10 +882,10 @@ def message_quarters(message: dict[str, Any]) -> int:
     for name, value in message.items():
         if name == "content" and isinstance(value, list):
             for part in value:
-                text = part.get("text")
-                quarters += text_bytes(text) if isinstance(text, str) else 4 * 1024
+                quarters += text_bytes(part.get("text")) + (0 if part.get("type") == "text" else 4 * 1024)
         elif name in ("tool_calls", "function_call"):
-            quarters += sum(map(text_bytes, call_arguments(value)))
+            quarters += sum(len(encode_json(arguments)) if isinstance(arguments, dict) else text_bytes(arguments)
+                            for arguments in call_arguments(value))  # fmt: skip
         elif name not in ("role", "name", "tool_call_id"):
             quarters += text_bytes(value)
     return quarters
@@ -898,7 +917,10 @@ def forward_body(ask: Ask, model: Model, upstream: Upstream, max_tokens: int | N
         body.pop("stream_options", None)
     elif ask.stream:
         body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-    return encode_json(body)
+    try:
+        return encode_json(body)
+    except RecursionError:
+        raise Refusal("invalid_json", "The request body is nested too deeply.") from None
 
 
 # ---- Metering -------------------------------------------------------------------------------------------------------
@@ -1040,6 +1062,11 @@ class UsageMeter:
         return max(self.events, self.text_bytes // 16)
 
     @property
+    def count_before(self) -> int:
+        """The count without the last event, which is not sent on yet."""
+        return max(self.events - (self.last_bytes > 0), (self.text_bytes - self.last_bytes + 3) // 4)
+
+    @property
     def ended(self) -> bool:
         """Whether the upstream may close now without having broken off."""
         return self.over or self.finished or self.usage is not None
@@ -1097,7 +1124,7 @@ class UsageMeter:
                 text += content_bytes(part)
             if choice.text:
                 text += text_bytes(choice.text)
-            if choice.finish_reason is not None:
+            if choice.finish_reason:
                 self.finished = True
         self.count_text(text)
         if chunk.usage is not None and (usage := read_usage(chunk.usage)):
@@ -1119,9 +1146,9 @@ class UsageMeter:
     def take_back(self) -> None:
         """The last event is not sent on after all."""
         self.usage, self.count_at_usage = self.usage_before
+        self.count = self.count_before
         self.events -= self.last_bytes > 0
         self.text_bytes -= self.last_bytes
-        self.count = max(self.events, (self.text_bytes + 3) // 4)
 
     def bill(self, prompt_estimate: int, complete: bool) -> Bill:
         """What is owed. Of an answer that was cut short, what came after the last usage is owed too."""
@@ -1150,16 +1177,17 @@ class UsageMeter:
 
 
 def decode_event(event: bytes) -> Chunk | None:
-    """What an event says, or None if that is nothing to be counted: a comment, [DONE], or what is no JSON object.
-
-    White space is the same to JSON, so an event of one line needs no splitting. Clients in Python also read NaN,
-    infinities and lone surrogates, which some servers send among log probabilities.
-    """
+    """What an event says, or None if that is nothing to be counted: a comment, [DONE], or what is no JSON object."""
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        if event.startswith(b"data:"):
+        if event.startswith(b"data:"):  # white space is the same to JSON, so an event of one line needs no splitting
             return decode_chunk(event[5:])
+    return decode_leniently(join_data_lines(event))
+
+
+def decode_leniently(data: bytes) -> Chunk | None:
+    """As clients in Python read it: with NaN, infinities and lone surrogates, which some servers send in logprobs."""
     with contextlib.suppress(ValueError, RecursionError):
-        return msgspec.convert(json.loads(join_data_lines(event)), Chunk)
+        return msgspec.convert(json.loads(data), Chunk)
     return None
 
 
@@ -1639,6 +1667,8 @@ class Ledger:
         self.transactions = 0
         self.verbs = 0
         self.last_id = 0
+        self.database: aiosqlite.Connection | None = None
+        self.writer: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Open the database, make it if it is new, and settle what a crash left open."""
@@ -1660,9 +1690,11 @@ class Ledger:
         """Wait for what must be done, but not for ever: recovery settles at the next start what cannot be written."""
         self.closing = True
         self.wake.set()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.writer, SETTLE_PATIENCE_SECONDS)
-        await self.database.close()
+        if self.writer is not None:
+            await asyncio.wait([self.writer], timeout=SETTLE_PATIENCE_SECONDS)
+            self.writer.cancel()
+        if self.database is not None:
+            await self.database.close()
 
     def next_id(self) -> int:
         self.last_id = max(self.last_id + 1, now_ms() << REQUEST_ID_BITS)
@@ -1678,6 +1710,7 @@ class Ledger:
 
     async def write(self) -> None:
         """Run batches until the ledger is closed. Under load a batch gathers for a millisecond first."""
+        assert self.database is not None
         gather = False
         while self.queue or not self.closing:
             if not self.queue:
@@ -1691,7 +1724,10 @@ class Ledger:
             self.transactions += 1
             self.verbs += len(batch)
             self.connection.verbs = [entry.verb for entry in batch]
-            await self.database.commit()
+            try:
+                await self.database.commit()
+            except Exception as error:
+                self.connection.outcomes = [error] * len(batch)
             left = [entry for entry, outcome in zip(batch, self.connection.outcomes, strict=True)
                     if not self.deliver(entry, outcome)]  # fmt: skip
             if left:
@@ -1700,7 +1736,7 @@ class Ledger:
 
     def deliver(self, entry: Entry, outcome: Any) -> bool:
         """Hand an outcome to who awaits it; False if the verb must be tried again."""
-        failed = isinstance(outcome, sqlite3.OperationalError)
+        failed = type(outcome) in (sqlite3.OperationalError, sqlite3.DatabaseError)  # not IntegrityError, a bug of ours
         if failed != self.unavailable:
             self.unavailable = failed
             self.say(f"ledger unavailable: {outcome}" if failed else "ledger available again")
@@ -1724,7 +1760,7 @@ class Ledger:
         return caller
 
     async def ping(self) -> None:
-        """Refusal 503 unless the database takes writes."""
+        """Refusal 503 unless the database answers and its write lock can be had."""
         await self.submit(lambda db: None)
 
 
@@ -1801,12 +1837,16 @@ class Hold:
         self.watermark = self.granted - ahead
 
     def uncovered(self) -> bool:
-        """Whether the answer has outrun the hold.
+        """Whether the answer has outrun the hold."""
+        return self.needed() > self.granted
+
+    def needed(self) -> int:
+        """How many tokens of output must be held.
 
         The upstream was told to stop at the bound. An estimate that passes it is most likely too high, so there
         only the count that is certain says that the upstream goes on regardless.
         """
-        return (self.meter.count if self.granted < self.bound else self.meter.count_certain) > self.granted
+        return self.meter.count if self.granted < self.bound else self.meter.count_certain
 
     async def cover(self) -> bool:
         """Whether credits for what the meter counted are held; asks ahead, and waits only when the slice is used up.
@@ -1816,7 +1856,7 @@ class Hold:
         while self.uncovered():
             ahead, self.next_slice = self.next_slice, None
             try:
-                tokens = await (ahead or self.ask_slice())
+                tokens = await (ahead or self.ask_slice(self.needed() - self.granted))
             except Refusal:
                 if ahead is None:
                     raise
@@ -1833,13 +1873,28 @@ class Hold:
             self.watermark = self.granted
         return True
 
-    def ask_slice(self) -> asyncio.Future[int]:
-        assert self.order.slice_tokens or self.granted >= self.bound
-        tokens = self.order.slice_tokens or self.ledger.config.hold_output_tokens
+    async def cover_bill(self) -> bool:
+        """Whether the credits for a whole answer are held: where a stream was asked for, only a slice is."""
+        bill = self.bill()
+        if bill is None or self.order.slice_tokens is None:
+            return True
+        short = bill.prompt_tokens + bill.completion_tokens - 2 * self.order.prompt_estimate - self.granted
+        return short <= 0 or await self.ask_slice(short) >= short
+
+    def ask_slice(self, least: int = 1) -> asyncio.Future[int]:
+        """Ask for what makes a slice beyond the count, which is noted: a crash loses no more than a slice.
+
+        That is half a slice if it is asked ahead, and at least what the last event needs.
+        """
+        size = self.order.slice_tokens or self.ledger.config.hold_output_tokens
+        count = self.meter.count_before
+        tokens = min(size, count + size - self.granted)
         if self.granted < self.bound:
             tokens = min(tokens, self.bound - self.granted)
-        verb = partial(extend, request_id=self.order.request_id, tokens=tokens, count=self.meter.count, now=now_ms())
-        return self.ledger.submit(verb)
+        tokens = max(tokens, least)
+        return self.ledger.submit(
+            partial(extend, request_id=self.order.request_id, tokens=tokens, count=count, now=now_ms())
+        )
 
 
 # ---- Relay ----------------------------------------------------------------------------------------------------------
@@ -1887,7 +1942,7 @@ class Target:
 
 def judge_status(target: Target, status: int, retry: str | None, body: bytes) -> Refusal:
     """What an upstream's refusal means for the client. 401, 402, 403 and 407 are about our key, not the client's."""
-    wait = retry_after(int(retry)) if retry and retry.isdecimal() else {}
+    wait = retry_after(int(retry)) if retry and re.fullmatch(r"[0-9]{1,9}", retry) else {}
     if status == 503:
         return target.failure("upstream_unavailable", "is not available at the moment. Try again later.", headers=wait)
     if status < 400 or status >= 500 or status in (401, 402, 403, 407):
@@ -1941,6 +1996,7 @@ class Answer:
         exchange.waiting_for = "upstream"
         read = await self.response.content.readany()
         exchange.activity += 1
+        exchange.patience = self.target.upstream.idle_seconds
         return read
 
     async def next_events(self, exchange: Exchange) -> list[bytes]:
@@ -1955,7 +2011,6 @@ class Answer:
         pieces = []
         size = 0
         while read := await self.read(exchange):
-            exchange.patience = self.target.upstream.idle_seconds
             pieces.append(read)
             size += len(read)
             if size > bytes_max:
@@ -2030,6 +2085,16 @@ class Exchange:
         except ConnectionError:
             raise asyncio.CancelledError from None
 
+    async def send_whole(self) -> None:
+        """Write an answer that has its body, and wait until the client took it."""
+        assert self.client is not None
+        self.waiting_for = "client"
+        try:
+            await self.client.prepare(self.request)
+            await self.client.write_eof()
+        except ConnectionError:
+            raise asyncio.CancelledError from None
+
     def headers(self, proxy: Proxy) -> dict[str, str]:
         """The headers of every answer: what is known of key and model by now."""
         headers = {"x-request-id": self.request_id}
@@ -2092,6 +2157,9 @@ class Proxy:
             self.log.say(f"{exchange.request_id} failed\n{traceback.format_exc()}")
             exchange.outcome = "internal_error"
             message = f"The proxy failed. Its log has more under {exchange.request_id}."
+            if exchange.client is not None and exchange.client.prepared:
+                self.end_uncleanly(exchange)
+                return exchange.client
             response = self.refuse(exchange, Refusal("internal_error", message))
         finally:
             self.exchanges.discard(exchange)
@@ -2159,8 +2227,8 @@ class Proxy:
         return exchange.client
 
     def order(self, exchange: Exchange, ask: Ask, model: Model, key_hash: bytes) -> Order:
-        prompt = model.prompt_tokens(ask.prompt_estimate)
-        most = ask.max_tokens or model.output_tokens(prompt)
+        prompt = model.prompt_tokens(ask.prompt_estimate, ask.prompts)
+        most = ask.max_tokens or model.output_tokens(-(-prompt // ask.prompts))
         return Order(
             request_id=exchange.id,
             key_hash=key_hash,
@@ -2180,30 +2248,31 @@ class Proxy:
 
     async def read_body(self, exchange: Exchange, key_hash: bytes) -> bytes:
         """The whole body. A large one is read for a known key only; one that comes too slowly is given up."""
-        request = exchange.request
-        length = request.content_length
-        if request.headers.get("Expect", "").lower() == "100-continue":
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0
-        if request.content.is_eof() and (length or 0) <= KEY_CHECKED_FIRST_BYTES:
-            return request.content.read_nowait()
-        self.check_size(length or 0)
+        content = exchange.request.content
+        if content.is_eof() and content.total_bytes <= KEY_CHECKED_FIRST_BYTES:
+            return content.read_nowait()
         body = bytearray()
+        expected = exchange.request.content_length or 0
         started = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(BODY_SECONDS) as limit:
-                while (length or len(body)) <= KEY_CHECKED_FIRST_BYTES or await self.identify(exchange, key_hash):
-                    read = await request.content.readany()
-                    if not read:
-                        return bytes(body)
-                    body += read
-                    self.check_size(len(body))
-                    limit.reschedule(started + BODY_SECONDS + len(body) / BODY_BYTES_PER_SECOND)
+            with exchange.watched(float("inf")):
+                async with asyncio.timeout(BODY_SECONDS) as limit:
+                    while True:
+                        self.check_size(max(expected, len(body)))
+                        if max(expected, len(body)) > KEY_CHECKED_FIRST_BYTES:
+                            await self.identify(exchange, key_hash)
+                        if not body and exchange.request.headers.get("Expect", "").lower() == "100-continue":
+                            await exchange.request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                            exchange.request.writer.output_size = 0
+                        read = await content.readany()
+                        if not read:
+                            return bytes(body)
+                        body += read
+                        limit.reschedule(started + BODY_SECONDS + len(body) / BODY_BYTES_PER_SECOND)
         except TimeoutError:
             raise Refusal("request_timeout", "The request body came too slowly. Send it again.") from None
         except (web.RequestPayloadError, aiohttp.ClientPayloadError) as error:
             raise Refusal("invalid_json", f"The request body cannot be decoded: {error}") from None
-        raise AssertionError("a caller is always true")
 
     def check_size(self, body_bytes: int) -> None:
         if body_bytes > self.config.body_bytes_max:
@@ -2229,6 +2298,7 @@ class Proxy:
                 hold.sent = False
                 if not refusal.moves_on or (exchange.client and exchange.client.prepared):
                     break
+                exchange.client = None  # of an answer that did not begin
         assert last is not None
         raise last
 
@@ -2283,7 +2353,9 @@ class Proxy:
         response = answer.response
         try:
             if response.status != 200:
-                body = await answer.read_whole(exchange, ERROR_BYTES_MAX)
+                body = b""
+                with contextlib.suppress(BrokenStream):  # a body too long to pass on; the status says enough
+                    body = await answer.read_whole(exchange, ERROR_BYTES_MAX)
                 raise judge_status(answer.target, response.status, response.headers.get("Retry-After"), body)
             if answer.is_stream:
                 exchange.client = self.start_response(exchange, answer)
@@ -2301,10 +2373,9 @@ class Proxy:
     def meter_whole(self, exchange: Exchange, answer: Answer) -> None:
         """Count an answer that is not streamed; one that is no answer to be paid for is broken."""
         assert exchange.hold is not None
-        try:
-            chunk = decode_chunk(answer.body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise BrokenStream(f"its body is no answer: {error}") from None
+        chunk = decode_leniently(answer.body)
+        if chunk is None:
+            raise BrokenStream("its body is no answer")
         if chunk.error is not None and not chunk.choices:
             raise BrokenStream("its body is an error")
         exchange.hold.meter.add(chunk)
@@ -2313,11 +2384,12 @@ class Proxy:
         """The client's response, whose headers go out with its first byte."""
         upstream = answer.response.headers
         headers = exchange.headers(self)
-        headers["Content-Type"] = upstream.get("Content-Type", "application/json")
+        kind = upstream.get("Content-Type", "")
+        headers["Content-Type"] = kind if kind and kind.isprintable() else "application/json"
         if answer.is_stream:
             headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         for name in TO_CLIENT:
-            if name in upstream:
+            if name in upstream and upstream[name].isprintable():
                 headers[name] = upstream[name]
         exchange.status = 200
         return web.StreamResponse(headers=headers) if answer.is_stream else web.Response(headers=headers)
@@ -2325,16 +2397,22 @@ class Proxy:
     # -- relaying
 
     async def relay_whole(self, exchange: Exchange, answer: Answer, hold: Hold) -> None:
-        """An answer that came whole: settled, then handed over."""
-        hold.outcome = "ok"
-        await hold.settle()
+        """An answer that came whole: covered, settled, then handed over."""
         response = self.start_response(exchange, answer)
-        assert isinstance(response, web.Response) and hold.settled is not None
+        assert isinstance(response, web.Response)
+        hold.outcome = "ok"
+        if not await hold.cover_bill():
+            hold.sent = False  # nobody gets the answer, so nobody pays for it
+            raise self.used_up(hold)
+        await hold.settle()
+        assert hold.settled is not None
         response.headers["x-credits-charged"] = str(as_credits(hold.settled.charge))
         response.headers["x-credits-remaining"] = str(as_credits(hold.settled.credits))
         response.body = answer.body
         exchange.client = response
         exchange.first_byte = time.perf_counter()
+        with exchange.watched(CLIENT_STALL_SECONDS):
+            await exchange.send_whole()
 
     async def relay_stream(self, exchange: Exchange, answer: Answer, hold: Hold) -> None:
         """Whole events as they come, one write a read, until [DONE], the upstream's end, or a failure."""
@@ -2364,7 +2442,7 @@ class Proxy:
             raise
         if not meter.ended:
             raise answer.target.failure("upstream_error", "ended its answer without finishing it.")
-        await self.end_stream(exchange, hold, last)
+        await self.end_stream(exchange, answer, hold, last)
 
     async def cover(self, exchange: Exchange, hold: Hold, out: list[bytes]) -> None:
         """Have credits held for the last event in `out`; if they run out, send what comes before it and refuse."""
@@ -2373,25 +2451,30 @@ class Proxy:
             await exchange.send(b"".join(out))
             out.clear()
         covered = False
+        exchange.waiting_for = ""  # for nobody but the ledger, which has limits of its own
         try:
             covered = await hold.cover()
         finally:
             if not covered:
                 hold.meter.take_back()
         if not covered:
-            raise Refusal(
-                "insufficient_credits",
-                "The account's credits are used up, so the answer ends here. Add credits.",
-                detail={"credits": as_credits(hold.caller.free + hold.caller.paid)},
-            )
+            raise self.used_up(hold)
         out.append(last)
 
-    async def end_stream(self, exchange: Exchange, hold: Hold, last: bytes) -> None:
+    def used_up(self, hold: Hold) -> Refusal:
+        message = "The account's credits are used up, so the answer ends here. Add credits."
+        credits = as_credits(hold.caller.free + hold.caller.paid)
+        return Refusal("insufficient_credits", message, detail={"credits": credits})
+
+    async def end_stream(self, exchange: Exchange, answer: Answer, hold: Hold, last: bytes) -> None:
         """Settle, then send the event that ends the stream: [DONE], an error of the upstream's own, or none."""
         hold.outcome = "upstream_error" if hold.meter.failed else "ok"
+        if last.endswith(b"\r\n\r"):
+            last += b"\n"  # of the empty line's CRLF, which may come in another read: none is awaited after this event
         await hold.settle()
-        if last:
-            await exchange.send(last)
+        with exchange.watched(CLIENT_STALL_SECONDS):
+            if last:
+                await exchange.send(answer.target.redact(last) if hold.meter.failed else last)
         if hold.meter.failed:
             self.end_uncleanly(exchange)
 
@@ -2492,8 +2575,17 @@ class Proxy:
             now = asyncio.get_running_loop().time()
             for exchange in list(self.exchanges):
                 if exchange.waiting_for:
-                    await self.look_after(exchange, now)
-            await self.reload_catalog()
+                    await self.guard(self.look_after(exchange, now))
+            if (state := file_state(self.config.models)) != self.models_file:
+                self.models_file = state
+                await self.guard(self.reload_catalog())
+
+    async def guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """The watch outlives what it stumbles over."""
+        try:
+            await work
+        except Exception:
+            self.log.say(f"the watch failed\n{traceback.format_exc()}")
 
     async def look_after(self, exchange: Exchange, now: float) -> None:
         if exchange.activity != exchange.activity_seen:
@@ -2521,10 +2613,6 @@ class Proxy:
 
     async def reload_catalog(self) -> None:
         """Take a changed models.yaml whole, or keep the last good catalog and say once what is wrong."""
-        state = file_state(self.config.models)
-        if state == self.models_file:
-            return
-        self.models_file = state
         try:
             catalog = await asyncio.to_thread(load_catalog, self.config.models, self.config.upstreams)
         except ConfigError as error:
@@ -2602,8 +2690,7 @@ class Log:
 
     def say(self, message: str) -> None:
         at = iso_time(now_ms())
-        line = encode_json({"time": at, "message": message}).decode() if self.form == "json" else f"{at} {message}"
-        sys.stderr.write(line + "\n")
+        emit(encode_json({"time": at, "message": message}).decode() if self.form == "json" else f"{at} {message}")
 
     def request(self, exchange: Exchange, now: float) -> None:
         hold = exchange.hold
@@ -2626,12 +2713,18 @@ class Log:
             "ms": round(1000 * (now - exchange.started)),
         }
         if self.form == "json":
-            sys.stderr.write(encode_json(fields).decode() + "\n")
+            emit(encode_json(fields).decode())
         else:
-            sys.stderr.write(LOG_LINE % tuple("-" if value is None else value for value in fields.values()))
+            emit(LOG_LINE % tuple("-" if value is None else value for value in fields.values()))
 
 
-LOG_LINE = "%s %s %s %s %s %s %s %s %s+%s tokens%s %s credits %s/%s ms\n"
+LOG_LINE = "%s %s %s %s %s %s %s %s %s+%s tokens%s %s credits %s/%s ms"
+
+
+def emit(line: str) -> None:
+    """A log that cannot be written (a full disk, a closed pipe) must not stop the books."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(line + "\n")
 
 
 class Metrics:
@@ -2748,8 +2841,8 @@ async def running(config: Config, hurry: asyncio.Event | None = None) -> AsyncIt
         connect(config.database).close()  # what is wrong with it is said here, before there are threads
         config = await start_echo(config, stack)
         proxy = Proxy(config, catalog, Log(config.log))
-        await proxy.ledger.open()
         stack.push_async_callback(proxy.ledger.close)
+        await proxy.ledger.open()
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=POOLED_SECONDS)
         proxy.session = aiohttp.ClientSession(
             connector=connector,
@@ -2762,7 +2855,7 @@ async def running(config: Config, hurry: asyncio.Event | None = None) -> AsyncIt
         server = web.Server(
             proxy.answer, handler_cancellation=True, access_log=None, keepalive_timeout=CLIENT_IDLE_SECONDS
         )
-        runner = web.ServerRunner(server)
+        runner = web.ServerRunner(server, shutdown_timeout=FRAME_SECONDS)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         site = await listen(runner, config)
@@ -3038,10 +3131,16 @@ def parse_amount(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected credits with at most three decimals, got {text!r}") from None
 
 
+def parse_count(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:12]) <= 10**6:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1,000,000, got {text!r}")
+    return int(text)
+
+
 def account_add(db: sqlite3.Connection, config: Config, options: argparse.Namespace) -> Report:
     tier = check_tier(config, options.tier or config.default_tier)
-    if not options.name or re.search(r"[\s\x00-\x1f]", options.name):
-        raise CommandError("an account's name must not be empty or hold white space")
+    if not options.name.isprintable() or len(options.name.split()) != 1:
+        raise CommandError("an account's name must be one printable word")
     if options.credits < 0:
         raise CommandError("--credits must not be negative")
     with transaction(db):
@@ -3143,8 +3242,8 @@ def check_correction(account: AccountNow, amount: int) -> None:
     if amount < 0 and -amount > max(0, free_to_take):
         most = as_credits(max(0, free_to_take))
         raise CommandError(f"{account.name} has {most:,} purchased credits that are not in use; take that or less")
-    if not amount or abs(amount) > 10**15:
-        raise CommandError("the amount must not be zero, nor more than 1,000,000,000,000 credits")
+    if not amount:
+        raise CommandError("the amount must not be zero")
 
 
 USAGE = """
@@ -3304,6 +3403,7 @@ async def check_stream_options(
                     target.urls["chat/completions"],
                     data=encode_json({**body, **options}),
                     headers=target.headers,
+                    allow_redirects=False,
                 ) as response,
             ):
                 statuses.append(response.status)
@@ -3358,7 +3458,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     key = commands.add_parser("key", help="their keys").add_subparsers(required=True, metavar="COMMAND")
     command(key, "add", key_add, "name").add_argument("--label", metavar="L")
     command(key, "list", key_list, "name")
-    command(key, "revoke", key_revoke).add_argument("key_id", type=int, metavar="KEY_ID")
+    command(key, "revoke", key_revoke).add_argument("key_id", type=parse_count, metavar="KEY_ID")
     credit = commands.add_parser("credit", help="their credits").add_subparsers(required=True, metavar="COMMAND")
     grant = command(credit, "add", credit_add, "name", help="a negative amount corrects")
     grant.add_argument("amount", type=parse_amount, metavar="AMOUNT")
@@ -3366,7 +3466,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     grant.add_argument("--note", metavar="N")
     used = command(commands, "usage", usage, help="requests, tokens and credits by day and model")
     used.add_argument("name", nargs="?", metavar="ACCOUNT")
-    used.add_argument("--days", type=int, default=30, metavar="N")
+    used.add_argument("--days", type=parse_count, default=30, metavar="N")
     command(commands, "check", check, help="both files, the database, each upstream")
     command(commands, "audit", audit, help="prove the books")
     return parser.parse_args(arguments)
@@ -3399,7 +3499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except (CommandError, sqlite3.Error) as error:
+    except (CommandError, Refusal, sqlite3.Error) as error:
         print(f"proxy.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
