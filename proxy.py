@@ -53,6 +53,7 @@ try:
     import prometheus_client
     import yaml
     from aiohttp import web
+    from aiohttp.abc import AbstractStreamWriter
     from yarl import URL
 except ImportError as missing:
     sys.exit(f"proxy.py needs the package {missing.name!r}: run `pip install .` in the folder of proxy.py.")
@@ -74,6 +75,7 @@ BODY_VALUES_MAX = 500_000  # objects and lists in a body: millions would hold ev
 EVENT_BYTES_MAX = 16 * 1024**2  # images travel in one SSE event; past this the stream is broken
 ANSWER_BYTES_MAX = 64 * 1024**2  # an answer that is not streamed is kept whole until it is settled
 ERROR_BYTES_MAX = 64 * 1024  # of an upstream's error body
+UPLOAD_PIECE_BYTES = 256 * 1024
 TOKENS_MAX = 2**31
 CHOICES_MAX = 128
 OUTPUT_TOKENS_DEFAULT = 8192  # the bound of an answer when neither request nor model names one
@@ -488,7 +490,7 @@ def to_thousandths(value: Decimal) -> int:
 
 def as_credits(thousandths: int) -> Decimal:
     """Thousandths of a credit as people and the wire see them: 842500 is 842.5."""
-    return Decimal(thousandths) / 1000
+    return Decimal(thousandths) / 1000 if thousandths % 1000 else Decimal(thousandths // 1000)
 
 
 # ---- Catalog --------------------------------------------------------------------------------------------------------
@@ -931,7 +933,7 @@ class BrokenStream(Exception):
 
 
 class EventSplitter:
-    """Bytes in, whole server-sent events out, joined again they are the bytes that came.
+    """Reads in, whole server-sent events out, joined again they are the bytes that came.
 
     A line ends with LF, CRLF or CR (WHATWG HTML, 9.2.5), an event with an empty line. An event is passed on as soon
     as its empty line has begun; should that be the CR of a CRLF, the LF leads the next event, where it means nothing.
@@ -940,28 +942,22 @@ class EventSplitter:
     def __init__(self) -> None:
         self.tail = bytearray()
 
-    def feed(self, read: bytes) -> list[bytes]:
-        if not self.tail and read.find(b"\n\n") + 2 == len(read) > 1 and b"\r" not in read:
-            return [read]  # nearly every read is one event
+    def feed(self, read: bytes) -> bytes:
+        """The whole events that a read completes; what is left is kept for the next."""
         if self.tail:
-            resume = len(self.tail) - 1  # the two bytes that end an event may come in two reads
+            scanned = len(self.tail) - 1  # the two bytes that end an event may come in two reads
             self.tail += read
-            if not has_event_end(self.tail, resume):
+            if find_last_end(self.tail, scanned) == 0:
                 self.check_length()
-                return []
+                return b""
             read = bytes(self.tail)
             self.tail.clear()
-        if b"\r" not in read:
-            *whole, rest = read.split(b"\n\n")
-            events = [event + b"\n\n" for event in whole]
-        else:
-            ends = [match.end() for match in EMPTY_LINE.finditer(read)]
-            events = [read[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-            rest = read[ends[-1] if ends else 0 :]
-        if rest:
-            self.tail += rest
-            self.check_length()
-        return events
+        end = find_last_end(read, 0)
+        if end == len(read):
+            return read
+        self.tail += read[end:]
+        self.check_length()
+        return read[:end]
 
     def check_length(self) -> None:
         if len(self.tail) > EVENT_BYTES_MAX:
@@ -971,10 +967,26 @@ class EventSplitter:
 EMPTY_LINE = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
 
 
-def has_event_end(data: bytearray, start: int) -> bool:
+def find_last_end(data: bytes | bytearray, start: int) -> int:
+    """Where the last whole event ends, or 0 if none does after `start`."""
     if data.find(b"\r", start) < 0:
-        return data.find(b"\n\n", start) >= 0
-    return EMPTY_LINE.search(data, start) is not None
+        return data.rfind(b"\n\n", start) + 2 if data.find(b"\n\n", start) >= 0 else 0
+    end = 0
+    for match in EMPTY_LINE.finditer(data, start):
+        end = match.end()
+    return end
+
+
+def split_events(block: bytes) -> list[bytes]:
+    """Whole events, one by one. An empty line too many at the end stands alone."""
+    if b"\r" not in block:
+        *whole, rest = block.split(b"\n\n")
+        events = [event + b"\n\n" for event in whole]
+    else:
+        ends = [match.end() for match in EMPTY_LINE.finditer(block)]
+        events = [block[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        rest = block[ends[-1] if ends else 0 :]
+    return [*events, rest] if rest else events
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -1005,7 +1017,7 @@ class Chunk(msgspec.Struct, gc=False):
 
 
 decode_chunk = msgspec.json.Decoder(Chunk).decode
-PROBE = b"a text that no model wrote"
+PROBE = secrets.token_hex(16).encode()  # a text that no model wrote
 
 
 class Usage(NamedTuple):
@@ -1053,7 +1065,7 @@ class UsageMeter:
         self.finished = False  # a finish reason has passed
         self.over = False  # [DONE], or
         self.failed = False  # an error event of the upstream's own
-        self.last_bytes = 0
+        self.last_events = self.last_bytes = 0
         self.usage_before: tuple[Usage | None, int] = (None, 0)
         self.prefix = self.suffix = b"\0"  # of no event
 
@@ -1064,7 +1076,7 @@ class UsageMeter:
     @property
     def count_before(self) -> int:
         """The count without the last event, which is not sent on yet."""
-        return max(self.events - (self.last_bytes > 0), (self.text_bytes - self.last_bytes + 3) // 4)
+        return max(self.events - self.last_events, (self.text_bytes - self.last_bytes + 3) // 4)
 
     @property
     def ended(self) -> bool:
@@ -1075,17 +1087,30 @@ class UsageMeter:
     def produced(self) -> bool:
         return self.count > 0 or bool(self.usage and self.usage.completion_tokens)
 
+    def skim(self, block: bytes, count_max: int) -> bool:
+        """Count whole events that differ from an earlier one in their text alone, without parsing them.
+
+        False, and nothing is counted, if any may be another kind of event, or the count would pass `count_max`.
+        """
+        if not block.startswith(self.prefix):
+            return False
+        start, end = len(self.prefix), 2 - len(self.suffix)
+        texts = [event[start:end] for event in block[:-2].split(b"\n\n")]
+        text = b"".join(texts)
+        if b'"' in text or b"\\" in text or b"\n" in text:
+            return False
+        if self.prefix + (self.suffix + self.prefix).join(texts) + self.suffix != block:
+            return False
+        return self.count_text(len(texts) - texts.count(b""), len(text), count_max)
+
     def feed(self, event: bytes) -> bytes:
         """Count one whole event; the bytes to send on, which differ for a closing usage event only."""
         self.usage_before = (self.usage, self.count_at_usage)
-        if event.startswith(self.prefix) and event.endswith(self.suffix):
-            text = event[len(self.prefix) : -len(self.suffix)]
-            if b'"' not in text and b"\\" not in text and b"\n" not in text:
-                self.count_text(len(text))
-                return event
+        if self.skim(event, TOKENS_MAX):
+            return event
         chunk = decode_event(event)
         if chunk is None:
-            self.count_text(0)
+            self.count_text(0, 0)
             self.failed = is_error_event(event)
             self.over = self.failed or join_data_lines(event).lstrip().startswith(b"[DONE]")
             return event
@@ -1098,11 +1123,10 @@ class UsageMeter:
         return event
 
     def learn(self, event: bytes, chunk: Chunk) -> None:
-        """Remember what surrounds the text of an event that bears nothing else.
+        """Remember what surrounds the text of an event that bears nothing else: servers repeat it to the byte.
 
-        Servers repeat it to the byte. Of the next event that begins and ends so, what is between is its text, if no
-        quote or escape is in it: counted without being parsed, at a fifth of the cost. That it is the text is proved
-        by decoding the event with another text in its place.
+        Between the same bytes in another event is its text, if no quote or escape is in it. That it is the text is
+        proved by decoding the event with another one in its place.
         """
         if not chunk.choices or not chunk.choices[0].delta:
             return
@@ -1126,7 +1150,7 @@ class UsageMeter:
                 text += text_bytes(choice.text)
             if choice.finish_reason:
                 self.finished = True
-        self.count_text(text)
+        self.count_text(int(text > 0), text)
         if chunk.usage is not None and (usage := read_usage(chunk.usage)):
             self.usage = usage
             self.count_at_usage = self.count
@@ -1136,18 +1160,23 @@ class UsageMeter:
             elif self.several:
                 self.closing = add_closing(self.closing, usage)
 
-    def count_text(self, text_bytes: int) -> None:
-        self.last_bytes = text_bytes
-        if text_bytes:
-            self.events += 1
-            self.text_bytes += text_bytes
-            self.count = max(self.events, (self.text_bytes + 3) // 4)
+    def count_text(self, events: int, text_bytes: int, count_max: int = TOKENS_MAX) -> bool:
+        """Add events that bear text, unless the count would pass `count_max`."""
+        total = self.text_bytes + text_bytes
+        count = max(self.events + events, (total + 3) // 4)
+        if count > count_max:
+            return False
+        self.last_events, self.last_bytes = events, text_bytes
+        self.events += events
+        self.text_bytes = total
+        self.count = count
+        return True
 
     def take_back(self) -> None:
         """The last event is not sent on after all."""
         self.usage, self.count_at_usage = self.usage_before
         self.count = self.count_before
-        self.events -= self.last_bytes > 0
+        self.events -= self.last_events
         self.text_bytes -= self.last_bytes
 
     def bill(self, prompt_estimate: int, complete: bool) -> Bill:
@@ -1178,14 +1207,19 @@ class UsageMeter:
 
 def decode_event(event: bytes) -> Chunk | None:
     """What an event says, or None if that is nothing to be counted: a comment, [DONE], or what is no JSON object."""
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        if event.startswith(b"data:"):  # white space is the same to JSON, so an event of one line needs no splitting
+    if event.startswith(b"data:"):  # white space is the same to JSON, so an event of one line needs no splitting
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return decode_chunk(event[5:])
-    return decode_leniently(join_data_lines(event))
+    return decode_answer(join_data_lines(event))
 
 
-def decode_leniently(data: bytes) -> Chunk | None:
-    """As clients in Python read it: with NaN, infinities and lone surrogates, which some servers send in logprobs."""
+def decode_answer(data: bytes) -> Chunk | None:
+    """An answer, or None if it is none.
+
+    Clients in Python also read NaN, infinities and lone surrogates, which some servers send in log probabilities.
+    """
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return decode_chunk(data)
     with contextlib.suppress(ValueError, RecursionError):
         return msgspec.convert(json.loads(data), Chunk)
     return None
@@ -1903,16 +1937,25 @@ TO_CLIENT = ("Cache-Control", "Retry-After", "openai-processing-ms", "X-Accel-Bu
 KEEP_ALIVE = b": keep-alive\n"  # no empty line: after an `id:` openai-python takes one for an event
 
 
-class Upload(aiohttp.BytesIOPayload):
+class Upload(aiohttp.Payload):
     """A request body that knows whether its sending has begun: before that a request costs nothing."""
 
     def __init__(self, body: bytes) -> None:
-        super().__init__(io.BytesIO(body), content_type="application/json")
+        super().__init__(body, content_type="application/json")
+        self._size = len(body)
         self.begun = False
 
-    async def write_with_length(self, writer: Any, content_length: int | None) -> None:
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return str(self._value, encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """In pieces, so that a large body waits for the upstream to take it."""
         self.begun = True
-        await super().write_with_length(writer, content_length)
+        for start in range(0, len(self._value), UPLOAD_PIECE_BYTES):
+            await writer.write(self._value[start : start + UPLOAD_PIECE_BYTES])
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        await self.write(writer)
 
 
 class Target:
@@ -1975,7 +2018,7 @@ class Answer:
         self.target = target
         self.splitter = EventSplitter()
         self.is_stream = response.content_type == "text/event-stream"
-        self.first_events: list[bytes] = []
+        self.first_block = b""
         self.body = b""
 
     async def __aenter__(self) -> Answer:
@@ -1999,12 +2042,12 @@ class Answer:
         exchange.patience = self.target.upstream.idle_seconds
         return read
 
-    async def next_events(self, exchange: Exchange) -> list[bytes]:
-        """The whole events of the next read that completes one; none at the end of the answer."""
+    async def next_block(self, exchange: Exchange) -> bytes:
+        """The whole events of the next read that completes one; nothing at the end of the answer."""
         while read := await self.read(exchange):
-            if events := self.splitter.feed(read):
-                return events
-        return []
+            if block := self.splitter.feed(read):
+                return block
+        return b""
 
     async def read_whole(self, exchange: Exchange, bytes_max: int) -> bytes:
         """The body, read piece by piece so that silence can be told from a long answer."""
@@ -2359,8 +2402,8 @@ class Proxy:
                 raise judge_status(answer.target, response.status, response.headers.get("Retry-After"), body)
             if answer.is_stream:
                 exchange.client = self.start_response(exchange, answer)
-                answer.first_events = await answer.next_events(exchange)
-                if not answer.first_events:
+                answer.first_block = await answer.next_block(exchange)
+                if not answer.first_block:
                     raise BrokenStream("it ended before its first event")
             else:
                 answer.body = await answer.read_whole(exchange, ANSWER_BYTES_MAX)
@@ -2373,7 +2416,7 @@ class Proxy:
     def meter_whole(self, exchange: Exchange, answer: Answer) -> None:
         """Count an answer that is not streamed; one that is no answer to be paid for is broken."""
         assert exchange.hold is not None
-        chunk = decode_leniently(answer.body)
+        chunk = decode_answer(answer.body)
         if chunk is None:
             raise BrokenStream("its body is no answer")
         if chunk.error is not None and not chunk.choices:
@@ -2419,20 +2462,14 @@ class Proxy:
         meter = hold.meter
         try:
             with exchange.watched(answer.target.upstream.idle_seconds):
-                events = answer.first_events
-                while events and not meter.over:
-                    out = []
-                    for event in events:
-                        out.append(meter.feed(event))
-                        if meter.count > hold.watermark:
-                            await self.cover(exchange, hold, out)
-                        if meter.over:
-                            break
-                    last = out.pop() if meter.over else b""
-                    if out:
-                        await exchange.send(b"".join(out))
-                    if not last:
-                        events = await answer.next_events(exchange)
+                block, last = answer.first_block, b""
+                while block and not meter.over:
+                    if not meter.skim(block, hold.watermark):
+                        block, last = await self.meter_events(exchange, hold, block)
+                    if block:
+                        await exchange.send(block)
+                    if not meter.over:
+                        block = await answer.next_block(exchange)
         except (aiohttp.ClientError, OSError, BrokenStream) as error:
             self.log.say(f"{exchange.request_id} upstream {hold.upstream} broke: {type(error).__name__}: {error}")
             raise answer.target.failure("upstream_error", "broke off its answer.") from None
@@ -2443,6 +2480,31 @@ class Proxy:
         if not meter.ended:
             raise answer.target.failure("upstream_error", "ended its answer without finishing it.")
         await self.end_stream(exchange, answer, hold, last)
+
+    async def meter_events(self, exchange: Exchange, hold: Hold, block: bytes) -> tuple[bytes, bytes]:
+        """Meter events one by one, or in groups that grow while they are alike and covered.
+
+        What to send on, and the event that ends the stream, if it is among them.
+        """
+        meter, events, out = hold.meter, split_events(block), []
+        size = done = 0
+        while done < len(events):
+            if size > 1:
+                group = b"".join(events[done : done + size])
+                alike = meter.skim(group, hold.watermark)
+                if alike:
+                    out.append(group)
+                    done += size
+                size = 2 * size if alike else 1
+                continue
+            out.append(meter.feed(events[done]))
+            done, size = done + 1, 2
+            if meter.count > hold.watermark:
+                await self.cover(exchange, hold, out)
+            if meter.over:
+                last = out.pop()
+                return b"".join(out), last
+        return b"".join(out), b""
 
     async def cover(self, exchange: Exchange, hold: Hold, out: list[bytes]) -> None:
         """Have credits held for the last event in `out`; if they run out, send what comes before it and refuse."""
@@ -2482,11 +2544,8 @@ class Proxy:
         """The client is gone but the answer had finished: its usage is about to come."""
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, BrokenStream):
             async with asyncio.timeout(CLIENT_GONE_USAGE_SECONDS):
-                while meter.usage is None and not meter.over:
-                    events = await answer.next_events(exchange)
-                    if not events:
-                        return
-                    for event in events:
+                while meter.usage is None and not meter.over and (block := await answer.next_block(exchange)):
+                    for event in split_events(block):
                         meter.feed(event)
 
     async def break_off(self, exchange: Exchange, hold: Hold, refusal: Refusal) -> None:
