@@ -944,6 +944,8 @@ class EventSplitter:
 
     def feed(self, read: bytes) -> bytes:
         """The whole events that a read completes; what is left is kept for the next."""
+        if not self.tail and read.endswith(b"\n\n") and b"\r" not in read:
+            return read
         if self.tail:
             scanned = len(self.tail) - 1  # the two bytes that end an event may come in two reads
             self.tail += read
@@ -970,7 +972,8 @@ EMPTY_LINE = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
 def find_last_end(data: bytes | bytearray, start: int) -> int:
     """Where the last whole event ends, or 0 if none does after `start`."""
     if data.find(b"\r", start) < 0:
-        return data.rfind(b"\n\n", start) + 2 if data.find(b"\n\n", start) >= 0 else 0
+        found = data.rfind(b"\n\n", start)
+        return found + 2 if found >= 0 else 0
     end = 0
     for match in EMPTY_LINE.finditer(data, start):
         end = match.end()
@@ -2016,6 +2019,7 @@ class Answer:
     def __init__(self, response: aiohttp.ClientResponse, target: Target) -> None:
         self.response = response
         self.target = target
+        self.idle_seconds = target.upstream.idle_seconds
         self.splitter = EventSplitter()
         self.is_stream = response.content_type == "text/event-stream"
         self.first_block = b""
@@ -2034,17 +2038,12 @@ class Answer:
         else:
             self.response.close()
 
-    async def read(self, exchange: Exchange) -> bytes:
-        """What has come, or comes next; nothing at the end of the answer."""
-        exchange.waiting_for = "upstream"
-        read = await self.response.content.readany()
-        exchange.activity += 1
-        exchange.patience = self.target.upstream.idle_seconds
-        return read
-
     async def next_block(self, exchange: Exchange) -> bytes:
         """The whole events of the next read that completes one; nothing at the end of the answer."""
-        while read := await self.read(exchange):
+        exchange.waiting_for = "upstream"
+        while read := await self.response.content.readany():
+            exchange.activity += 1
+            exchange.patience = self.idle_seconds
             if block := self.splitter.feed(read):
                 return block
         return b""
@@ -2053,7 +2052,9 @@ class Answer:
         """The body, read piece by piece so that silence can be told from a long answer."""
         pieces = []
         size = 0
-        while read := await self.read(exchange):
+        while read := await self.response.content.readany():
+            exchange.activity += 1
+            exchange.patience = self.idle_seconds
             pieces.append(read)
             size += len(read)
             if size > bytes_max:

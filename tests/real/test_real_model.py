@@ -99,7 +99,6 @@ def test_two_streamed_choices_cost_the_prompt_once_and_both_answers(real_proxy: 
     assert_charged(real_proxy, account, tokens)
 
 
-@pytest.mark.xfail(reason="of several such usages the proxy takes the last: it charges one answer of two")
 @pytest.mark.parametrize(("prompt", "members"), [("Once upon a time", {"n": 2}), (["One day", "A fox"], {})])
 def test_streamed_completions_of_several_answers_cost_all_of_them(
     real_proxy: RunningProxy, account: Account, prompt: Any, members: dict[str, Any]
