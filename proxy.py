@@ -1326,6 +1326,7 @@ CREATE TABLE credit_grant (
     note TEXT,
     created_at INTEGER NOT NULL
 ) STRICT;
+CREATE INDEX credit_grant_account ON credit_grant (account_id);
 
 -- One row a request, resolved once. The id is the request id; its upper bits are the milliseconds since 1970.
 CREATE TABLE request (
@@ -1350,8 +1351,6 @@ CREATE TABLE request (
     CHECK (state <> 'void' OR charge = 0)
 ) STRICT;
 CREATE INDEX request_open ON request (account_id) WHERE state = 'open';
-
-CREATE INDEX credit_grant_account ON credit_grant (account_id);
 
 CREATE TRIGGER request_is_resolved_once BEFORE UPDATE ON request WHEN OLD.state <> 'open'
 BEGIN SELECT RAISE(ABORT, 'a resolved request is never edited'); END;
@@ -1783,19 +1782,20 @@ class Ledger:
         if failed != self.unavailable:
             self.unavailable = failed
             self.say(f"ledger unavailable: {outcome}" if failed else "ledger available again")
+        again = failed and entry.must_be_done
         if failed:
             waited = asyncio.get_running_loop().time() - entry.queued
-            if entry.must_be_done and waited < SETTLE_PATIENCE_SECONDS:
+            if again and waited < SETTLE_PATIENCE_SECONDS:
                 return False
             outcome = Refusal("ledger_unavailable", "The ledger cannot be written at the moment. Try again shortly.")
         if entry.future.done():
-            return not (failed and entry.must_be_done)
+            return not again
         if isinstance(outcome, Exception):
             entry.future.set_exception(outcome)
             entry.future.exception()  # whoever awaits it sees it; where nobody does, nothing is to be said
         else:
             entry.future.set_result(outcome)
-        return not (failed and entry.must_be_done)
+        return not again
 
     async def identify(self, key_hash: bytes) -> Caller:
         """The key's account; Refusal 401 if there is none."""
