@@ -982,16 +982,10 @@ def find_last_end(data: bytes | bytearray, start: int) -> int:
     return end
 
 
-def split_events(block: bytes) -> list[bytes]:
-    """Whole events, one by one. An empty line too many at the end stands alone."""
-    if b"\r" not in block:
-        *whole, rest = block.split(b"\n\n")
-        events = [event + b"\n\n" for event in whole]
-    else:
-        ends = [match.end() for match in EMPTY_LINE.finditer(block)]
-        events = [block[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        rest = block[ends[-1] if ends else 0 :]
-    return [*events, rest] if rest else events
+def first_event(block: bytes, start: int) -> bytes:
+    """The event that begins at `start` of whole ones. An empty line too many at their end stands alone."""
+    end = EMPTY_LINE.search(block, start)
+    return block[start : end.end()] if end else block[start:]
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -1023,6 +1017,7 @@ class Chunk(msgspec.Struct, gc=False):
 
 decode_chunk = msgspec.json.Decoder(Chunk).decode
 PROBE = secrets.token_hex(16).encode()  # a text that no model wrote
+match_plain_text = re.compile(rb'[^"\\\r\n]+').match  # of a JSON string, as long as it is without escapes
 
 
 class Usage(NamedTuple):
@@ -1070,10 +1065,8 @@ class UsageMeter:
         self.finished = False  # a finish reason has passed
         self.over = False  # [DONE], or
         self.failed = False  # an error event of the upstream's own
-        self.last_events = self.last_bytes = 0
-        self.usage_before: tuple[Usage | None, int] = (None, 0)
+        self.before: tuple[int, int, Usage | None, int] = (0, 0, None, 0)  # the last event that was fed
         self.prefix = self.suffix = b"\0"  # of no event
-        self.text_start, self.text_end = 1, -1
 
     @property
     def count_certain(self) -> int:
@@ -1081,8 +1074,8 @@ class UsageMeter:
 
     @property
     def count_before(self) -> int:
-        """The count without the last event, which is not sent on yet."""
-        return max(self.events - self.last_events, (self.text_bytes - self.last_bytes + 3) // 4)
+        """The count without the last event that was fed, which is not sent on yet."""
+        return self.count_of(*self.before[:2])
 
     @property
     def ended(self) -> bool:
@@ -1093,33 +1086,34 @@ class UsageMeter:
     def produced(self) -> bool:
         return self.count > 0 or bool(self.usage and self.usage.completion_tokens)
 
-    def skim(self, block: bytes, count_max: int) -> bool:
-        """Count whole events that differ from an earlier one in their text alone, without parsing them.
+    def skim(self, block: bytes, start: int, count_max: int) -> int:
+        """Count events that differ from an earlier one in their text alone, without parsing them.
 
-        False, and nothing is counted, if any may be another kind of event, or the count would pass `count_max`.
+        Where they end: before one that may be of another kind, or that would make the count pass `count_max`.
         """
-        if not block.startswith(self.prefix):
-            return False
-        text, events = block[self.text_start : self.text_end], 1
-        if b'"' in text:  # several events, or one with an escape
-            texts = [event[self.text_start : self.text_end + 2] for event in block[:-2].split(b"\n\n")]
-            text, events = b"".join(texts), len(texts) - texts.count(b"")
-            if b'"' in text or self.prefix + (self.suffix + self.prefix).join(texts) + self.suffix != block:
-                return False
-        elif not block.endswith(self.suffix):
-            return False
-        if b"\\" in text or b"\n" in text:
-            return False
-        return self.count_text(events if text else 0, len(text), count_max)
+        prefix, suffix = self.prefix, self.suffix
+        while block.startswith(prefix, start):
+            text_start = start + len(prefix)
+            text = match_plain_text(block, text_start)
+            if text is None or not block.startswith(suffix, text.end()):
+                break
+            text_bytes = self.text_bytes + text.end() - text_start
+            count = self.count_of(self.events + 1, text_bytes)
+            if count > count_max:
+                break
+            self.events += 1
+            self.text_bytes = text_bytes
+            self.count = count
+            start = text.end() + len(suffix)
+        return start
 
     def feed(self, event: bytes) -> bytes:
         """Count one whole event; the bytes to send on, which differ for a closing usage event only."""
-        self.usage_before = (self.usage, self.count_at_usage)
-        if self.skim(event, TOKENS_MAX):
+        self.before = (self.events, self.text_bytes, self.usage, self.count_at_usage)
+        if self.skim(event, 0, TOKENS_MAX):
             return event
         chunk = decode_event(event)
         if chunk is None:
-            self.count_text(0, 0)
             self.failed = is_error_event(event)
             self.over = self.failed or join_data_lines(event).lstrip().startswith(b"[DONE]")
             return event
@@ -1147,7 +1141,6 @@ class UsageMeter:
             alone = Chunk([Choice(index=chunk.choices[0].index, delta=Delta(PROBE.decode()))])
             if found and decode_chunk(prefix[5:] + PROBE + suffix) == alone:
                 self.prefix, self.suffix = prefix, suffix
-                self.text_start, self.text_end = len(prefix), -len(suffix)
 
     def add(self, chunk: Chunk) -> None:
         """Count a chunk of a stream, or a whole answer."""
@@ -1160,7 +1153,9 @@ class UsageMeter:
                 text += text_bytes(choice.text)
             if choice.finish_reason:
                 self.finished = True
-        self.count_text(int(text > 0), text)
+        self.events += text > 0
+        self.text_bytes += text
+        self.count = self.count_of(self.events, self.text_bytes)
         if chunk.usage is not None and (usage := read_usage(chunk.usage)):
             self.usage = usage
             self.count_at_usage = self.count
@@ -1170,23 +1165,14 @@ class UsageMeter:
             elif self.several:
                 self.closing = add_closing(self.closing, usage)
 
-    def count_text(self, events: int, text_bytes: int, count_max: int = TOKENS_MAX) -> bool:
-        """Add events that bear text, unless the count would pass `count_max`."""
-        total_events, total_bytes = self.events + events, self.text_bytes + text_bytes
-        quarters = (total_bytes + 3) // 4
-        count = total_events if total_events > quarters else quarters
-        if count > count_max:
-            return False
-        self.last_events, self.last_bytes = events, text_bytes
-        self.events, self.text_bytes, self.count = total_events, total_bytes, count
-        return True
+    def count_of(self, events: int, text_bytes: int) -> int:
+        quarters = (text_bytes + 3) // 4
+        return events if events > quarters else quarters  # max() costs a tenth of a skimmed event
 
     def take_back(self) -> None:
-        """The last event is not sent on after all."""
-        self.usage, self.count_at_usage = self.usage_before
+        """The last event that was fed is not sent on after all."""
+        self.events, self.text_bytes, self.usage, self.count_at_usage = self.before
         self.count = self.count_before
-        self.events -= self.last_events
-        self.text_bytes -= self.last_bytes
 
     def bill(self, prompt_estimate: int, complete: bool) -> Bill:
         """What is owed. Of an answer that was cut short, what came after the last usage is owed too."""
@@ -2044,12 +2030,17 @@ class Answer:
         else:
             self.response.close()
 
+    async def read(self, exchange: Exchange) -> bytes:
+        """The next bytes; none at the end. From here on silence is measured by the upstream's idle time."""
+        exchange.waiting_for = "upstream"
+        read = await self.response.content.readany()
+        exchange.activity += 1
+        exchange.patience = self.idle_seconds
+        return read
+
     async def next_block(self, exchange: Exchange) -> bytes:
         """The whole events of the next read that completes one; nothing at the end of the answer."""
-        exchange.waiting_for = "upstream"
-        while read := await self.response.content.readany():
-            exchange.activity += 1
-            exchange.patience = self.idle_seconds
+        while read := await self.read(exchange):
             if block := self.splitter.feed(read):
                 return block
         return b""
@@ -2058,9 +2049,7 @@ class Answer:
         """The body, read piece by piece so that silence can be told from a long answer."""
         pieces = []
         size = 0
-        while read := await self.response.content.readany():
-            exchange.activity += 1
-            exchange.patience = self.idle_seconds
+        while read := await self.read(exchange):
             pieces.append(read)
             size += len(read)
             if size > bytes_max:
@@ -2084,6 +2073,7 @@ class Exchange:
     ask: Ask | None = None
     hold: Hold | None = None
     client: web.StreamResponse | None = None
+    writer: AbstractStreamWriter | None = None
     status: int = 499
     outcome: str = "client_gone"
     first_byte: float | None = None
@@ -2124,16 +2114,22 @@ class Exchange:
 
     async def send(self, data: bytes) -> None:
         """Write to the client, its headers first. A client that is gone is a cancellation, however it is noticed."""
-        assert self.client is not None
+        if not data:
+            return
         self.waiting_for = "client"
         self.activity += 1
         try:
-            if self.first_byte is None:
-                self.first_byte = time.perf_counter()
-                await self.client.prepare(self.request)
-            await self.client.write(data)
+            await (self.writer or await self.begin()).write(data)
         except ConnectionError:
             raise asyncio.CancelledError from None
+
+    async def begin(self) -> AbstractStreamWriter:
+        """Write the headers; whoever writes the body goes past `web.StreamResponse`, which is a layer less a chunk."""
+        assert self.client is not None
+        self.first_byte = time.perf_counter()
+        self.writer = await self.client.prepare(self.request)
+        assert self.writer is not None
+        return self.writer
 
     async def send_whole(self) -> None:
         """Write an answer that has its body, and wait until the client took it."""
@@ -2466,17 +2462,22 @@ class Proxy:
 
     async def relay_stream(self, exchange: Exchange, answer: Answer, hold: Hold) -> None:
         """Whole events as they come, one write a read, until [DONE], the upstream's end, or a failure."""
-        meter = hold.meter
+        meter, splitter, content = hold.meter, answer.splitter, answer.response.content
         try:
             with exchange.watched(answer.target.upstream.idle_seconds):
-                block, last = answer.first_block, b""
-                while block and not meter.over:
-                    if not meter.skim(block, hold.watermark):
-                        block, last = await self.meter_events(exchange, hold, block)
-                    if block:
-                        await exchange.send(block)
-                    if not meter.over:
-                        block = await answer.next_block(exchange)
+                block, last = await self.meter_events(exchange, hold, answer.first_block, 0)
+                await exchange.send(block)
+                while not meter.over:
+                    exchange.waiting_for = "upstream"
+                    block = await content.readany()
+                    if not block:
+                        break
+                    exchange.activity += 1
+                    # Most reads are whole events that are alike: one look, and they go on.
+                    counted = 0 if splitter.tail else meter.skim(block, 0, hold.watermark)
+                    if counted < len(block):
+                        block, last = await self.meter_events(exchange, hold, splitter.feed(block), counted)
+                    await exchange.send(block)
         except (aiohttp.ClientError, OSError, BrokenStream) as error:
             self.log.say(f"{exchange.request_id} upstream {hold.upstream} broke: {type(error).__name__}: {error}")
             raise answer.target.failure("upstream_error", "broke off its answer.") from None
@@ -2488,35 +2489,30 @@ class Proxy:
             raise answer.target.failure("upstream_error", "ended its answer without finishing it.")
         await self.end_stream(exchange, answer, hold, last)
 
-    async def meter_events(self, exchange: Exchange, hold: Hold, block: bytes) -> tuple[bytes, bytes]:
-        """Meter events one by one, or in groups that grow while they are alike and covered.
+    async def meter_events(self, exchange: Exchange, hold: Hold, block: bytes, done: int) -> tuple[bytes, bytes]:
+        """Meter a block of events from `done` on, one by one where they are not alike and covered.
 
         What to send on, and the event that ends the stream, if it is among them.
         """
-        meter, events, out = hold.meter, split_events(block), []
-        size = done = 0
-        while done < len(events):
-            if size > 1:
-                group = b"".join(events[done : done + size])
-                alike = meter.skim(group, hold.watermark)
-                if alike:
-                    out.append(group)
-                    done += size
-                size = 2 * size if alike else 1
-                continue
-            out.append(meter.feed(events[done]))
-            done, size = done + 1, 2
+        meter, out = hold.meter, [block[:done]]
+        while done < len(block):
+            event = first_event(block, done)
+            out.append(meter.feed(event))
             if meter.count > hold.watermark:
                 await self.cover(exchange, hold, out)
             if meter.over:
                 last = out.pop()
                 return b"".join(out), last
+            done += len(event)
+            counted = meter.skim(block, done, hold.watermark)
+            out.append(block[done:counted])
+            done = counted
         return b"".join(out), b""
 
     async def cover(self, exchange: Exchange, hold: Hold, out: list[bytes]) -> None:
         """Have credits held for the last event in `out`; if they run out, send what comes before it and refuse."""
         last = out.pop()
-        if hold.uncovered() and out:
+        if hold.uncovered():
             await exchange.send(b"".join(out))
             out.clear()
         covered = False
@@ -2542,8 +2538,7 @@ class Proxy:
             last += b"\n"  # of the empty line's CRLF, which may come in another read: none is awaited after this event
         await hold.settle()
         with exchange.watched(CLIENT_STALL_SECONDS):
-            if last:
-                await exchange.send(answer.target.redact(last) if hold.meter.failed else last)
+            await exchange.send(answer.target.redact(last) if hold.meter.failed else last)
         if hold.meter.failed:
             self.end_uncleanly(exchange)
 
@@ -2552,8 +2547,10 @@ class Proxy:
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, BrokenStream):
             async with asyncio.timeout(CLIENT_GONE_USAGE_SECONDS):
                 while meter.usage is None and not meter.over and (block := await answer.next_block(exchange)):
-                    for event in split_events(block):
+                    while block:
+                        event = first_event(block, 0)
                         meter.feed(event)
+                        block = block[len(event) :]
 
     async def break_off(self, exchange: Exchange, hold: Hold, refusal: Refusal) -> None:
         """After the headers went out nothing can be repaired: settle, say why in an error frame, end uncleanly."""

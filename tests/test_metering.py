@@ -34,10 +34,10 @@ from proxy import (
     Usage,
     UsageMeter,
     estimate_prompt,
+    first_event,
     forward_body,
     give_choice,
     parse_request,
-    split_events,
 )
 
 CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
@@ -76,13 +76,12 @@ def run(reads: Iterable[bytes], meter: UsageMeter, complete: bool) -> Outcome:
     splitter, out = EventSplitter(), bytearray()
     for read in reads:
         block = splitter.feed(read)
-        if meter.skim(block, 2**31):
-            out += block
-            continue
-        for event in split_events(block):
+        done = meter.skim(block, 0, 2**31)
+        out += block[:done]
+        while done < len(block) and not meter.over:
+            event = first_event(block, done)
             out += meter.feed(event)
-            if meter.over:
-                break
+            done += len(event)
         if meter.over:
             break
     flags = (meter.ended, meter.over, meter.failed, meter.finished, meter.produced)
@@ -337,7 +336,7 @@ def test_an_event_of_megabytes_goes_on_whole_and_is_counted(newline: bytes) -> N
     splitter, meter = EventSplitter(), UsageMeter(ENDPOINTS[CHAT], 1, True)
     stream = event + DONE
     blocks = (splitter.feed(stream[n : n + 65_536]) for n in range(0, len(stream), 65_536))
-    events = [whole for block in blocks for whole in split_events(block)]
+    events = [first_event(block, 0) for block in blocks if block] + [DONE]
     assert b"".join(events) == stream
     assert b"".join(map(meter.feed, events)) == stream
     assert (meter.count, meter.over) == (2**20, True)
