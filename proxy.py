@@ -76,6 +76,7 @@ BODY_VALUES_MAX = 500_000  # objects and lists in a body: millions would hold ev
 EVENT_BYTES_MAX = 16 * 1024**2  # images travel in one SSE event; past this the stream is broken
 ANSWER_BYTES_MAX = 64 * 1024**2  # an answer that is not streamed is kept whole until it is settled
 ERROR_BYTES_MAX = 64 * 1024  # of an upstream's error body
+READ_BUFFER_BYTES = 32 * 1024  # half of aiohttp's default: a burst stays in the processor's cache
 UPLOAD_PIECE_BYTES = 256 * 1024
 TOKENS_MAX = 2**31
 CHOICES_MAX = 128
@@ -1065,8 +1066,8 @@ class UsageMeter:
         self.finished = False  # a finish reason has passed
         self.over = False  # [DONE], or
         self.failed = False  # an error event of the upstream's own
-        self.before: tuple[int, int, Usage | None, int] = (0, 0, None, 0)  # the last event that was fed
-        self.prefix = self.suffix = b"\0"  # of no event
+        self.before: tuple[int, int, int, Usage | None, int] = (0, 0, 0, None, 0)  # the last event that was fed
+        self.prefix = self.suffix = self.between = b"\0"  # of no event
 
     @property
     def count_certain(self) -> int:
@@ -1075,7 +1076,7 @@ class UsageMeter:
     @property
     def count_before(self) -> int:
         """The count without the last event that was fed, which is not sent on yet."""
-        return self.count_of(*self.before[:2])
+        return self.before[2]
 
     @property
     def ended(self) -> bool:
@@ -1091,25 +1092,26 @@ class UsageMeter:
 
         Where they end: before one that may be of another kind, or that would make the count pass `count_max`.
         """
-        prefix, suffix = self.prefix, self.suffix
-        while block.startswith(prefix, start):
-            text_start = start + len(prefix)
-            text = match_plain_text(block, text_start)
-            if text is None or not block.startswith(suffix, text.end()):
+        if not block.startswith(self.prefix, start):
+            return start
+        events, text_bytes, bytes_max = self.events, self.text_bytes, 4 * count_max
+        text_start = start + len(self.prefix)
+        goes_on = True
+        while goes_on and (text := match_plain_text(block, text_start)):
+            text_end = text.end()
+            goes_on = block.startswith(self.between, text_end)
+            total = text_bytes + text_end - text_start
+            ends = goes_on or block.startswith(self.suffix, text_end)
+            if not ends or events >= count_max or total > bytes_max:
                 break
-            text_bytes = self.text_bytes + text.end() - text_start
-            count = self.count_of(self.events + 1, text_bytes)
-            if count > count_max:
-                break
-            self.events += 1
-            self.text_bytes = text_bytes
-            self.count = count
-            start = text.end() + len(suffix)
-        return start
+            events, text_bytes = events + 1, total
+            text_start = text_end + len(self.between)
+        self.set_count(events, text_bytes)
+        return text_start - len(self.prefix)
 
     def feed(self, event: bytes) -> bytes:
         """Count one whole event; the bytes to send on, which differ for a closing usage event only."""
-        self.before = (self.events, self.text_bytes, self.usage, self.count_at_usage)
+        self.before = (self.events, self.text_bytes, self.count, self.usage, self.count_at_usage)
         if self.skim(event, 0, TOKENS_MAX):
             return event
         chunk = decode_event(event)
@@ -1140,7 +1142,7 @@ class UsageMeter:
             prefix, found, suffix = event.partition(encode_json(text)[1:-1])
             alone = Chunk([Choice(index=chunk.choices[0].index, delta=Delta(PROBE.decode()))])
             if found and decode_chunk(prefix[5:] + PROBE + suffix) == alone:
-                self.prefix, self.suffix = prefix, suffix
+                self.prefix, self.suffix, self.between = prefix, suffix, suffix + prefix
 
     def add(self, chunk: Chunk) -> None:
         """Count a chunk of a stream, or a whole answer."""
@@ -1153,9 +1155,7 @@ class UsageMeter:
                 text += text_bytes(choice.text)
             if choice.finish_reason:
                 self.finished = True
-        self.events += text > 0
-        self.text_bytes += text
-        self.count = self.count_of(self.events, self.text_bytes)
+        self.set_count(self.events + (text > 0), self.text_bytes + text)
         if chunk.usage is not None and (usage := read_usage(chunk.usage)):
             self.usage = usage
             self.count_at_usage = self.count
@@ -1165,14 +1165,14 @@ class UsageMeter:
             elif self.several:
                 self.closing = add_closing(self.closing, usage)
 
-    def count_of(self, events: int, text_bytes: int) -> int:
+    def set_count(self, events: int, text_bytes: int) -> None:
+        self.events, self.text_bytes = events, text_bytes
         quarters = (text_bytes + 3) // 4
-        return events if events > quarters else quarters  # max() costs a tenth of a skimmed event
+        self.count = events if events > quarters else quarters
 
     def take_back(self) -> None:
         """The last event that was fed is not sent on after all."""
-        self.events, self.text_bytes, self.usage, self.count_at_usage = self.before
-        self.count = self.count_before
+        self.events, self.text_bytes, self.count, self.usage, self.count_at_usage = self.before
 
     def bill(self, prompt_estimate: int, complete: bool) -> Bill:
         """What is owed. Of an answer that was cut short, what came after the last usage is owed too."""
@@ -2911,7 +2911,7 @@ async def running(config: Config, hurry: asyncio.Event | None = None) -> AsyncIt
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=("User-Agent",),
-            read_bufsize=64 * 1024,
+            read_bufsize=READ_BUFFER_BYTES,
         )
         await stack.enter_async_context(proxy.session)
         aiohttp.log.server_logger.addFilter(is_worth_a_traceback)
