@@ -1600,7 +1600,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Set a new connection up. FULL: a commit is on the disk before anybody hears of it."""
+    """Set a new connection up. FULL: a commit is on the disk before anybody hears of it (see `Entry`)."""
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
@@ -1664,18 +1664,25 @@ class LedgerConnection(sqlite3.Connection):
 
     verbs: Sequence[Verb] = ()
     outcomes: Sequence[Any] = ()
+    power_proof = True
 
     def commit(self) -> None:
+        self.execute(f"PRAGMA synchronous = {'FULL' if self.power_proof else 'NORMAL'}")
         self.outcomes = run_batch(self, self.verbs)
 
 
 @dataclass(slots=True)
 class Entry:
-    """A verb in the ledger's queue. One that must be done stays there until it is in the database."""
+    """A verb in the ledger's queue. One that must be done stays there until it is in the database.
+
+    Every commit outlives the process; one that is power-proof is on the disk before anybody hears of it. Holds and
+    extends need not be: should the power fail, an answer that was under way may be forgotten, none that ended.
+    """
 
     verb: Verb
     future: asyncio.Future[Any]
     must_be_done: bool
+    power_proof: bool
     queued: float
 
 
@@ -1728,11 +1735,11 @@ class Ledger:
         self.last_id = max(self.last_id + 1, now_ms() << REQUEST_ID_BITS)
         return self.last_id
 
-    def submit(self, verb: Verb, *, must_be_done: bool = False) -> asyncio.Future[Any]:
+    def submit(self, verb: Verb, *, must_be_done: bool = False, power_proof: bool = True) -> asyncio.Future[Any]:
         """Queue a verb. The future has its outcome once it is committed; a Refusal is raised."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self.queue.append(Entry(verb, future, must_be_done, loop.time()))
+        self.queue.append(Entry(verb, future, must_be_done, power_proof, loop.time()))
         self.wake.set()
         return future
 
@@ -1752,6 +1759,7 @@ class Ledger:
             self.transactions += 1
             self.verbs += len(batch)
             self.connection.verbs = [entry.verb for entry in batch]
+            self.connection.power_proof = any(entry.power_proof for entry in batch)
             try:
                 await self.database.commit()
             except Exception as error:
@@ -1785,12 +1793,13 @@ class Ledger:
 
     async def identify(self, key_hash: bytes) -> Caller:
         """The key's account; Refusal 401 if there is none."""
-        caller: Caller = await self.submit(partial(find_caller, key_hash=key_hash, now=now_ms()))
+        verb = partial(find_caller, key_hash=key_hash, now=now_ms())
+        caller: Caller = await self.submit(verb, power_proof=False)
         return caller
 
     async def ping(self) -> None:
         """Refusal 503 unless the database answers and its write lock can be had."""
-        await self.submit(lambda db: None)
+        await self.submit(lambda db: None, power_proof=False)
 
 
 class Hold:
@@ -1814,9 +1823,8 @@ class Hold:
     async def __aenter__(self) -> Hold:
         config = self.ledger.config
         try:
-            admission: Admission = await self.ledger.submit(
-                partial(hold, order=self.order, limits_of=config.limits, now=now_ms())
-            )
+            verb = partial(hold, order=self.order, limits_of=config.limits, now=now_ms())
+            admission: Admission = await self.ledger.submit(verb, power_proof=False)
         except asyncio.CancelledError:
             self.outcome = "client_gone"
             self.submit_resolution()  # behind the hold in the queue, so it finds what that did
@@ -1921,9 +1929,8 @@ class Hold:
         if self.granted < self.bound:
             tokens = min(tokens, self.bound - self.granted)
         tokens = max(tokens, least)
-        return self.ledger.submit(
-            partial(extend, request_id=self.order.request_id, tokens=tokens, count=count, now=now_ms())
-        )
+        verb = partial(extend, request_id=self.order.request_id, tokens=tokens, count=count, now=now_ms())
+        return self.ledger.submit(verb, power_proof=False)
 
 
 # ---- Relay ----------------------------------------------------------------------------------------------------------

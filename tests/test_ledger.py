@@ -1014,6 +1014,20 @@ async def test_fifty_verbs_queued_together_take_one_transaction(bench: MakeBench
     assert ann.credits == (0, 0.05, 0)
 
 
+async def test_what_somebody_is_told_the_end_of_is_on_the_disk_first(bench: MakeBench, config: Config) -> None:
+    """A settle waits for the disk, and so does what shares its transaction; a hold of its own does not."""
+    ann = bench(paid=100)
+    statements: list[str] = []
+    async with at_work(config) as clerk:
+        assert clerk.ledger.database
+        await clerk.ledger.database.set_trace_callback(statements.append)
+        await use(clerk.hold(ann.order(tokens=1)), tokens=1)
+        await asyncio.gather(clerk.ledger.submit(adds(1), power_proof=False), clerk.ledger.submit(adds(1)))
+    kinds = [s.split()[-1] for s in statements if s.startswith("PRAGMA")]
+    assert kinds == ["NORMAL", "FULL", "FULL"]
+    assert ann.credits == (0, 99.002, 0)
+
+
 async def test_a_stream_takes_a_verb_a_slice(bench: MakeBench, config: Config) -> None:
     ann = bench(paid=1000)
     async with at_work(config) as clerk:
