@@ -746,13 +746,11 @@ class Ask:
     prompt_estimate: int
 
 
-def parse_request(endpoint: Endpoint, raw: bytes) -> Ask:
+def parse_request(endpoint: Endpoint, raw: bytes | bytearray) -> Ask:
     """The body as JSON, decoded once (a duplicate member's last value stands) and checked.
 
     msgspec refuses NaN and lone surrogates. Members that the proxy does not read pass untouched.
     """
-    if raw.count(b"{") + raw.count(b"[") > BODY_VALUES_MAX:
-        raise Refusal("invalid_json", f"The request body has more than {BODY_VALUES_MAX} objects and lists.")
     try:
         body = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -2299,12 +2297,13 @@ class Proxy:
             exchange.caller = await self.ledger.identify(key_hash)
         return exchange.caller
 
-    async def read_body(self, exchange: Exchange, key_hash: bytes) -> bytes:
+    async def read_body(self, exchange: Exchange, key_hash: bytes) -> bytes | bytearray:
         """The whole body. A large one is read for a known key only; one that comes too slowly is given up."""
         content = exchange.request.content
         if content.is_eof() and content.total_bytes <= KEY_CHECKED_FIRST_BYTES:
             return content.read_nowait()
         body = bytearray()
+        values = 0
         expected = exchange.request.content_length or 0
         started = asyncio.get_running_loop().time()
         try:
@@ -2319,8 +2318,12 @@ class Proxy:
                             exchange.request.writer.output_size = 0
                         read = await content.readany()
                         if not read:
-                            return bytes(body)
+                            return body
                         body += read
+                        values += read.count(b"{") + read.count(b"[")
+                        if values > BODY_VALUES_MAX:
+                            message = f"The request body has more than {BODY_VALUES_MAX} objects and lists."
+                            raise Refusal("invalid_json", message)
                         limit.reschedule(started + BODY_SECONDS + len(body) / BODY_BYTES_PER_SECOND)
         except TimeoutError:
             raise Refusal("request_timeout", "The request body came too slowly. Send it again.") from None
