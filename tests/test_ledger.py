@@ -1016,6 +1016,10 @@ async def test_fifty_verbs_queued_together_take_one_transaction(bench: MakeBench
 
 async def test_what_somebody_is_told_the_end_of_is_on_the_disk_first(bench: MakeBench, config: Config) -> None:
     """A settle waits for the disk, and so does what shares its transaction; a hold of its own does not."""
+
+    def level(db: sqlite3.Connection) -> int:
+        return int(db.execute("PRAGMA synchronous").fetchone()[0])
+
     ann = bench(paid=100)
     statements: list[str] = []
     async with at_work(config) as clerk:
@@ -1023,8 +1027,10 @@ async def test_what_somebody_is_told_the_end_of_is_on_the_disk_first(bench: Make
         await clerk.ledger.database.set_trace_callback(statements.append)
         await use(clerk.hold(ann.order(tokens=1)), tokens=1)
         await asyncio.gather(clerk.ledger.submit(adds(1), power_proof=False), clerk.ledger.submit(adds(1)))
+        levels = [await clerk.ledger.submit(level, power_proof=waits) for waits in (False, True, False, True)]
     kinds = [s.split()[-1] for s in statements if s.startswith("PRAGMA")]
-    assert kinds == ["NORMAL", "FULL", "FULL"]
+    assert kinds[:3] == ["NORMAL", "FULL", "FULL"]
+    assert levels == [1, 2, 1, 2]
     assert ann.credits == (0, 99.002, 0)
 
 
