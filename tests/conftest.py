@@ -870,38 +870,36 @@ def chat_request(content: str = QUESTION, model: str = "plain", **members: Any) 
 
 
 # --------------------------------------------------------------------------------------------------
-# Commands. A process a command, as users run them, but forked from one that has imported the dependencies
-# and proxy.py already: the tests run hundreds of them, and importing takes ten times longer than what they do.
+# Commands. One process that has imported proxy.py runs them all, as `python proxy.py ARGUMENTS` would: the tests run
+# hundreds, and a start takes a hundred times longer than what most of them do.
 
 COMMAND_SERVER = """
-import gc, json, os, sys, traceback
+import json, os, sys, traceback
 sys.path[0] = sys.argv[1]
 import proxy
-gc.freeze()
+answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
     order = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for number, name in ((0, os.devnull), (1, order["stdout"]), (2, order["stderr"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), number)
-        sys.argv = ["proxy.py", *order["arguments"]]
-        status = 1
-        try:
-            status = proxy.main() or 0
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # at once: to take the interpreter apart costs more than the command
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+    for number, name in ((1, order["stdout"]), (2, order["stderr"])):
+        output = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(output, number)
+        os.close(output)
+    sys.argv = ["proxy.py", *order["arguments"]]
+    status = 1
+    try:
+        status = proxy.main() or 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    print(status, file=answers, flush=True)
 """
 
 
 class CommandServer:
-    """Runs `proxy.py ARGUMENTS` in a fresh process, quickly."""
+    """Runs `proxy.py ARGUMENTS`, quickly."""
 
     def __init__(self, folder: Path) -> None:
         self._outputs = (folder / "command.out", folder / "command.err")
