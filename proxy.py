@@ -1092,18 +1092,19 @@ class UsageMeter:
         """
         if not block.startswith(self.prefix, start):
             return start
+        between, frame = self.between, len(self.between)
         events, text_bytes, bytes_max = self.events, self.text_bytes, 4 * count_max
         text_start = start + len(self.prefix)
         goes_on = True
         while goes_on and (text := match_plain_text(block, text_start)):
             text_end = text.end()
-            goes_on = block.startswith(self.between, text_end)
+            goes_on = block.startswith(between, text_end)
             total = text_bytes + text_end - text_start
-            ends = goes_on or block.startswith(self.suffix, text_end)
-            if not ends or events >= count_max or total > bytes_max:
+            if total > bytes_max or events >= count_max or not (goes_on or block.startswith(self.suffix, text_end)):
                 break
-            events, text_bytes = events + 1, total
-            text_start = text_end + len(self.between)
+            events += 1
+            text_bytes = total
+            text_start = text_end + frame
         self.set_count(events, text_bytes)
         return text_start - len(self.prefix)
 
@@ -1131,7 +1132,8 @@ class UsageMeter:
         Between the same bytes in another event is its text, if no quote or escape is in it. That it is the text is
         proved by decoding the event with another one in its place.
         """
-        if not chunk.choices or not chunk.choices[0].delta:
+        known = event.startswith(self.prefix) and event.endswith(self.suffix)
+        if known or not chunk.choices or not chunk.choices[0].delta:
             return
         text = chunk.choices[0].delta.content
         if not text or not isinstance(text, str):

@@ -156,13 +156,18 @@ class Window:
         return self.cpu_seconds / done * 1e6 if done else float("nan")
 
 
-def observe(running_load: Load, seconds: float) -> Window:
-    """Watch a loaded contestant for some seconds."""
-    contestant = running_load.contestant
-    begin, cpu, before = time.monotonic(), contestant.cpu_seconds(), running_load.snapshot()
+def observe(loads: list[Load], seconds: float) -> list[Window]:
+    """Watch loaded contestants for some seconds, the same for all."""
+
+    def look(running_load: Load) -> tuple[float, float, Snapshot]:
+        return time.monotonic(), running_load.contestant.cpu_seconds(), running_load.snapshot()
+
+    before = [look(running_load) for running_load in loads]
     time.sleep(seconds)
-    end, cpu_end, after = time.monotonic(), contestant.cpu_seconds(), running_load.snapshot()
-    return Window(cpu_end - cpu, end - begin, after.requests - before.requests, after.events - before.events)
+    return [
+        Window(cpu_end - cpu, end - begin, last.requests - first.requests, last.events - first.events)
+        for (begin, cpu, first), (end, cpu_end, last) in zip(before, map(look, loads), strict=True)
+    ]
 
 
 def take_turns(
@@ -215,18 +220,32 @@ def burst_cpu(tools: Tools, contestants: list[Contestant], seconds: float) -> di
 
 
 def chunk_cpu(tools: Tools, contestants: list[Contestant], seconds: float) -> dict[str, float]:
-    """µs a chunk of 100 streams at 20 ms. They open before the window and end after it: it holds nothing else."""
-    found = {}
+    """µs a chunk of 100 streams at 20 ms. They open before the window and end after it: it holds nothing else.
+
+    All contestants have their streams in the same seconds, as in `latencies`, and LiteLLM alone.
+    """
+    if len(groups := apart(contestants)) > 1:
+        return {name: value for group in groups for name, value in chunk_cpu(tools, group, seconds).items()}
     spread_seconds = 0.5
     events = int((seconds + spread_seconds + 0.7) * 1000 / CHUNK_PACE_MS)
     options = {"connections": CHUNK_STREAMS, "spread_ms": int(spread_seconds * 1000), "once": 1, "events": events}
-    for contestant in contestants:
-        request = contestant.request(f"[events={events} pace_ms={CHUNK_PACE_MS}]", stream=True)
-        with load(tools, contestant, request, **options) as running_load:
-            time.sleep(spread_seconds + 0.4)
-            found[contestant.name] = observe(running_load, seconds).cpu_us("events")
+    with ExitStack() as stack:
+        loads = []
+        for contestant in contestants:
+            request = contestant.request(f"[events={events} pace_ms={CHUNK_PACE_MS}]", stream=True)
+            loads.append(stack.enter_context(load(tools, contestant, request, **options)))
+        time.sleep(spread_seconds + 0.4)
+        windows = observe(loads, seconds)
+        for running_load in loads:
             running_load.wait_for_requests(CHUNK_STREAMS, 5)
-    return found
+    return {contestant.name: window.cpu_us("events") for contestant, window in zip(contestants, windows, strict=True)}
+
+
+def apart(contestants: list[Contestant]) -> list[list[Contestant]]:
+    """Those that can be measured in the same seconds, and LiteLLM, which may need a whole core."""
+    alone = [contestant for contestant in contestants if contestant.name == "LiteLLM"]
+    together = [contestant for contestant in contestants if contestant not in alone]
+    return [group for group in (together, alone) if group]
 
 
 def latencies(tools: Tools, contestants: list[Contestant], seconds: float, events: int = 0) -> dict[str, list[float]]:
@@ -236,10 +255,8 @@ def latencies(tools: Tools, contestants: list[Contestant], seconds: float, event
     whatever else the machine does meets all of them; LiteLLM, which may need a whole core for this, is asked alone. A
     streamed answer has its events 20 ms apart.
     """
-    alone = [contestant for contestant in contestants if contestant.name == "LiteLLM"]
-    if alone and len(contestants) > 1:
-        together = [contestant for contestant in contestants if contestant not in alone]
-        return latencies(tools, together, seconds, events) | latencies(tools, alone, seconds, events)
+    if len(groups := apart(contestants)) > 1:
+        return {name: times for group in groups for name, times in latencies(tools, group, seconds, events).items()}
     found = {}
     with ExitStack() as stack:
         loads = []
@@ -296,9 +313,9 @@ def endurance(
         with load(tools, contestant, request, **options) as running_load:
             time.sleep(spread_seconds)
             running_load.wait_for_open(streams, OPENING_SECONDS_MAX)
-            first, first_mb = observe(running_load, window_seconds), contestant.resident_mb()
+            [first], first_mb = observe([running_load], window_seconds), contestant.resident_mb()
             time.sleep(max(0.0, seconds - 2 * window_seconds))
-            last, last_mb = observe(running_load, window_seconds), contestant.resident_mb()
+            [last], last_mb = observe([running_load], window_seconds), contestant.resident_mb()
             running_load.wait_for_requests(streams, 60)
         cpu_us = (first.cpu_us("events"), last.cpu_us("events"))
         found[contestant.name] = {"endurance_cpu": cpu_us, "endurance_mb": (first_mb, last_mb)}
