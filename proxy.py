@@ -1205,7 +1205,8 @@ def decode_event(event: bytes) -> Chunk | None:
     if event.startswith(b"data:"):  # white space is the same to JSON, so an event of one line needs no splitting
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return decode_chunk(event[5:])
-    return decode_answer(join_data_lines(event))
+    data = join_data_lines(event).lstrip()
+    return decode_answer(data) if data.startswith(b"{") else None
 
 
 def decode_answer(data: bytes) -> Chunk | None:
@@ -1360,6 +1361,10 @@ LAPSING = f"""
 LAPSE = f"""
     UPDATE account SET lapsed = lapsed + {LAPSING}, free = free - {LAPSING}
     WHERE id = :account_id AND free > 0 AND free_expires_at <= :now
+"""
+FIND_AVAILABLE = f"""
+    SELECT account.id, multiplier, free + paid - held, {LAPSING} FROM request JOIN account ON account.id = account_id
+    WHERE request.id = :request_id AND state = 'open'
 """
 FIND_CALLER = """
     SELECT k.id, k.hint, k.revoked_at, k.last_used_at, a.id, a.name, a.tier, a.status,
@@ -1545,15 +1550,13 @@ def cannot_pay(caller: Caller, order: Order, credits: int) -> Refusal | None:
 
 def extend(db: sqlite3.Connection, request_id: int, tokens: int, count: int, now: int) -> int:
     """Reserve up to `tokens` more tokens of output and note how many came so far; how many were granted, 0 if none."""
-    row = db.execute(
-        "SELECT account_id, multiplier FROM request WHERE id = ? AND state = 'open'", (request_id,)
-    ).fetchone()
+    row = db.execute(FIND_AVAILABLE, {"request_id": request_id, "now": now}).fetchone()
     if row is None:
         return 0
-    account_id, multiplier = row
-    db.execute(LAPSE, {"now": now, "account_id": account_id})
-    (available,) = db.execute("SELECT free + paid - held FROM account WHERE id = ?", (account_id,)).fetchone()
-    granted = tokens if multiplier == 0 else max(0, min(tokens, available // multiplier))
+    account_id, multiplier, unheld, lapsing = row
+    if lapsing:  # before the hold grows, which would reserve them
+        db.execute(LAPSE, {"now": now, "account_id": account_id})
+    granted = tokens if multiplier == 0 else max(0, min(tokens, (unheld - lapsing) // multiplier))
     amount = cost(granted, multiplier)
 
     db.execute("UPDATE account SET held = held + ? WHERE id = ?", (amount, account_id))
@@ -1664,10 +1667,12 @@ class LedgerConnection(sqlite3.Connection):
 
     verbs: Sequence[Verb] = ()
     outcomes: Sequence[Any] = ()
-    power_proof = True
+    synchronous = wanted = "FULL"
 
     def commit(self) -> None:
-        self.execute(f"PRAGMA synchronous = {'FULL' if self.power_proof else 'NORMAL'}")
+        if self.synchronous != self.wanted:
+            self.execute(f"PRAGMA synchronous = {self.wanted}")
+            self.synchronous = self.wanted
         self.outcomes = run_batch(self, self.verbs)
 
 
@@ -1759,7 +1764,7 @@ class Ledger:
             self.transactions += 1
             self.verbs += len(batch)
             self.connection.verbs = [entry.verb for entry in batch]
-            self.connection.power_proof = any(entry.power_proof for entry in batch)
+            self.connection.wanted = "FULL" if any(entry.power_proof for entry in batch) else "NORMAL"
             try:
                 await self.database.commit()
             except Exception as error:
@@ -2138,13 +2143,15 @@ class Exchange:
         assert self.writer is not None
         return self.writer
 
-    async def send_whole(self) -> None:
-        """Write an answer that has its body, and wait until the client took it."""
+    async def send_end(self, data: bytes = b"") -> None:
+        """Write the rest of the answer and its end in one piece."""
         assert self.client is not None
         self.waiting_for = "client"
+        self.activity += 1
         try:
-            await self.client.prepare(self.request)
-            await self.client.write_eof()
+            if self.writer is None:
+                await self.begin()
+            await self.client.write_eof(data)
         except ConnectionError:
             raise asyncio.CancelledError from None
 
@@ -2468,9 +2475,8 @@ class Proxy:
         response.headers["x-credits-remaining"] = str(as_credits(hold.settled.credits))
         response.body = answer.body
         exchange.client = response
-        exchange.first_byte = time.perf_counter()
         with exchange.watched(CLIENT_STALL_SECONDS):
-            await exchange.send_whole()
+            await exchange.send_end()
 
     async def relay_stream(self, exchange: Exchange, answer: Answer, hold: Hold) -> None:
         """Whole events as they come, one write a read, until [DONE], the upstream's end, or a failure."""
@@ -2550,9 +2556,11 @@ class Proxy:
             last += b"\n"  # of the empty line's CRLF, which may come in another read: none is awaited after this event
         await hold.settle()
         with exchange.watched(CLIENT_STALL_SECONDS):
-            await exchange.send(answer.target.redact(last) if hold.meter.failed else last)
-        if hold.meter.failed:
-            self.end_uncleanly(exchange)
+            if hold.meter.failed:
+                await exchange.send(answer.target.redact(last))
+                self.end_uncleanly(exchange)
+            else:
+                await exchange.send_end(last)
 
     async def read_usage(self, exchange: Exchange, answer: Answer, meter: UsageMeter) -> None:
         """The client is gone but the answer had finished: its usage is about to come."""
