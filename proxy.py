@@ -1065,7 +1065,7 @@ class UsageMeter:
         self.over = False  # [DONE], or
         self.failed = False  # an error event of the upstream's own
         self.before: tuple[int, int, int, Usage | None, int] = (0, 0, 0, None, 0)  # the last event that was fed
-        self.prefix = self.suffix = self.between = b"\0"  # of no event
+        self.prefix = self.suffix = self.between = PROBE  # of no event yet
 
     @property
     def count_certain(self) -> int:
@@ -2136,7 +2136,7 @@ class Exchange:
             raise asyncio.CancelledError from None
 
     async def begin(self) -> AbstractStreamWriter:
-        """Write the headers; whoever writes the body goes past `web.StreamResponse`, which is a layer less a chunk."""
+        """Write the headers. A body is written past `web.StreamResponse`, which is a layer less a chunk."""
         assert self.client is not None
         self.first_byte = time.perf_counter()
         self.writer = await self.client.prepare(self.request)
@@ -2384,7 +2384,7 @@ class Proxy:
             self.cool(target, error)
             raise target.failure("upstream_unavailable", f"at {target.address} did not answer.") from None
         except (aiohttp.ClientError, OSError, BrokenStream) as error:
-            self.log.say(f"{exchange.request_id} upstream {upstream.name} broke: {type(error).__name__}: {error}")
+            self.log.broken(exchange, error)
             raise target.failure("upstream_error", "broke before it began to answer. Try again.") from None
 
     def cool(self, target: Target, error: Exception) -> None:
@@ -2497,7 +2497,7 @@ class Proxy:
                         block, last = await self.meter_events(exchange, hold, splitter.feed(block), counted)
                     await exchange.send(block)
         except (aiohttp.ClientError, OSError, BrokenStream) as error:
-            self.log.say(f"{exchange.request_id} upstream {hold.upstream} broke: {type(error).__name__}: {error}")
+            self.log.broken(exchange, error)
             raise answer.target.failure("upstream_error", "broke off its answer.") from None
         except asyncio.CancelledError:
             if meter.finished and meter.usage is None:
@@ -2567,10 +2567,11 @@ class Proxy:
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, BrokenStream):
             async with asyncio.timeout(CLIENT_GONE_USAGE_SECONDS):
                 while meter.usage is None and not meter.over and (block := await answer.next_block(exchange)):
-                    while block:
-                        event = first_event(block, 0)
+                    done = 0
+                    while done < len(block):
+                        event = first_event(block, done)
                         meter.feed(event)
-                        block = block[len(event) :]
+                        done += len(event)
 
     async def break_off(self, exchange: Exchange, hold: Hold, refusal: Refusal) -> None:
         """After the headers went out nothing can be repaired: settle, say why in an error frame, end uncleanly."""
@@ -2774,6 +2775,10 @@ class Log:
     def say(self, message: str) -> None:
         at = iso_time(now_ms())
         emit(encode_json({"time": at, "message": message}).decode() if self.form == "json" else f"{at} {message}")
+
+    def broken(self, exchange: Exchange, error: Exception) -> None:
+        name = exchange.hold.upstream if exchange.hold else None
+        self.say(f"{exchange.request_id} upstream {name} broke: {type(error).__name__}: {error}")
 
     def request(self, exchange: Exchange, now: float) -> None:
         hold = exchange.hold
