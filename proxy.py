@@ -983,8 +983,11 @@ def find_last_end(data: bytes | bytearray, start: int) -> int:
 
 def first_event(block: bytes, start: int) -> bytes:
     """The event that begins at `start` of whole ones. An empty line too many at their end stands alone."""
-    end = EMPTY_LINE.search(block, start)
-    return block[start : end.end()] if end else block[start:]
+    if block.find(b"\r", start) < 0:
+        found = block.find(b"\n\n", start)
+        return block[start : found + 2] if found >= 0 else block[start:]
+    match = EMPTY_LINE.search(block, start)
+    return block[start : match.end()] if match else block[start:]
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -1064,8 +1067,12 @@ class UsageMeter:
         self.finished = False  # a finish reason has passed
         self.over = False  # [DONE], or
         self.failed = False  # an error event of the upstream's own
-        self.before: tuple[int, int, int, Usage | None, int] = (0, 0, 0, None, 0)  # the last event that was fed
+        self.before = self.state()  # the last event that was fed
         self.prefix = self.suffix = self.between = PROBE  # of no event yet
+
+    def state(self) -> tuple[int, int, int, int, Usage | None, Usage | None, dict[int, Usage]]:
+        """All that a bill is made of."""
+        return (self.count, self.events, self.text_bytes, self.count_at_usage, self.usage, self.closing, self.by_choice)
 
     @property
     def count_certain(self) -> int:
@@ -1074,7 +1081,7 @@ class UsageMeter:
     @property
     def count_before(self) -> int:
         """The count without the last event that was fed, which is not sent on yet."""
-        return self.before[2]
+        return self.before[0]
 
     @property
     def ended(self) -> bool:
@@ -1110,7 +1117,7 @@ class UsageMeter:
 
     def feed(self, event: bytes) -> bytes:
         """Count one whole event; the bytes to send on, which differ for a closing usage event only."""
-        self.before = (self.events, self.text_bytes, self.count, self.usage, self.count_at_usage)
+        self.before = self.state()
         if self.skim(event, 0, TOKENS_MAX):
             return event
         chunk = decode_event(event)
@@ -1161,7 +1168,7 @@ class UsageMeter:
             self.count_at_usage = self.count
             if self.several and chunk.choices:
                 index = chunk.choices[0].index
-                self.by_choice[index if type(index) is int else 0] = usage
+                self.by_choice = {**self.by_choice, index if type(index) is int else 0: usage}
             elif self.several:
                 self.closing = add_closing(self.closing, usage)
 
@@ -1172,7 +1179,8 @@ class UsageMeter:
 
     def take_back(self) -> None:
         """The last event that was fed is not sent on after all."""
-        self.events, self.text_bytes, self.count, self.usage, self.count_at_usage = self.before
+        self.count, self.events, self.text_bytes, self.count_at_usage = self.before[:4]
+        self.usage, self.closing, self.by_choice = self.before[4:]
 
     def bill(self, prompt_estimate: int, complete: bool) -> Bill:
         """What is owed. Of an answer that was cut short, what came after the last usage is owed too."""
@@ -1212,12 +1220,13 @@ def decode_event(event: bytes) -> Chunk | None:
 def decode_answer(data: bytes) -> Chunk | None:
     """An answer, or None if it is none.
 
-    Clients in Python also read NaN, infinities and lone surrogates, which some servers send in log probabilities.
+    Clients also read NaN, infinities and lone surrogates, which some servers send in log probabilities, and bytes that
+    are no UTF-8.
     """
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return decode_chunk(data)
     with contextlib.suppress(ValueError, RecursionError):
-        return msgspec.convert(json.loads(data), Chunk)
+        return msgspec.convert(json.loads(data.decode("utf-8-sig", "replace")), Chunk)
     return None
 
 
@@ -2457,7 +2466,12 @@ class Proxy:
             if name in upstream and upstream[name].isprintable():
                 headers[name] = upstream[name]
         exchange.status = 200
-        return web.StreamResponse(headers=headers) if answer.is_stream else web.Response(headers=headers)
+        if not answer.is_stream:
+            return web.Response(headers=headers)
+        response = web.StreamResponse(headers=headers)
+        if exchange.request.version < aiohttp.HttpVersion11:
+            response.force_close()  # which knows of no chunks, so only that ends the body
+        return response
 
     # -- relaying
 
@@ -2530,12 +2544,12 @@ class Proxy:
     async def cover(self, exchange: Exchange, hold: Hold, out: list[bytes]) -> None:
         """Have credits held for the last event in `out`; if they run out, send what comes before it and refuse."""
         last = out.pop()
-        if hold.uncovered():
-            await exchange.send(b"".join(out))
-            out.clear()
         covered = False
-        exchange.waiting_for = ""  # for nobody but the ledger, which has limits of its own
         try:
+            if hold.uncovered():
+                await exchange.send(b"".join(out))
+                out.clear()
+            exchange.waiting_for = ""  # for nobody but the ledger, which has limits of its own
             covered = await hold.cover()
         finally:
             if not covered:

@@ -288,6 +288,11 @@ def test_an_event_that_cannot_be_read_passes_and_does_not_stop_the_meter(event: 
     assert meter.bill(E, complete=True) == Bill(5, 1, False)
 
 
+def test_a_text_that_is_no_utf_8_is_not_free() -> None:
+    """Browsers' decoders take any bytes."""
+    assert metered(b'data: {"choices":[{"delta":{"content":"a\xffb"}}]}\n\n', complete=False).bill == Bill(E, 2, True)
+
+
 @pytest.mark.parametrize(
     "more",
     [b'"x":NaN', b'"x":-Infinity', b'"x":1e400', b'"x":"\\ud83d"', b'"x":123456789012345678901234567890'],
@@ -423,6 +428,22 @@ def test_an_event_that_is_not_sent_on_is_not_charged(word: str, bear_usage: tupl
             shorter.feed(event)
     meter.take_back()
     assert meter.bill(E, complete=False) == shorter.bill(E, complete=False)
+
+
+def chosen(index: int, content: str, completion: int) -> dict[str, Any]:
+    return {"choices": [{"index": index, "delta": {"content": content}}], "usage": used(5, completion)}
+
+
+@pytest.mark.parametrize("refused", [chosen(0, "word" * 1000, 1000), closing(5, 900)], ids=["of a choice", "closing"])
+def test_where_each_choice_has_a_usage_what_is_not_sent_on_is_not_charged(refused: dict[str, Any]) -> None:
+    meter = UsageMeter(ENDPOINTS[CHAT], 2, True)
+    for index in (0, 1):
+        meter.feed(sse(chosen(index, "word", 1)))
+    before = meter.bill(E, complete=False)
+    meter.feed(sse(refused))
+    assert meter.bill(E, complete=False) != before
+    meter.take_back()
+    assert meter.bill(E, complete=False) == before
 
 
 @pytest.mark.parametrize("completion", [0, None, 1, 50])

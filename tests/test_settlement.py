@@ -626,6 +626,32 @@ def test_a_client_that_does_not_read_slows_the_upstream_and_hinders_nobody(
     assert_audit(proxy)
 
 
+def test_what_waits_behind_a_client_that_does_not_read_is_not_charged_when_it_leaves(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    """Tokens that the hold does not cover, in one read with the end of an event that is too much for the client."""
+    account, other = funded_key(credits=3000), funded_key(credits=3000)
+
+    async def sends_more_than_is_read(exchange: Exchange) -> None:
+        wall = sse({"padding": "p" * 14_000_000, "choices": [{"index": 0, "delta": {}, "finish_reason": None}]})
+        await exchange.head()
+        await exchange.send(sse({"choices": [{"index": 0, "delta": {"content": "word"}, "finish_reason": None}]}))
+        await exchange.send(wall[:-100])
+        await exchange.send(wall[-100:] + sse({"choices": [{"index": 0, "delta": {"content": "word" * 500}}]}))
+        await exchange.stall()
+
+    upstream.behaviour = sends_more_than_is_read
+    with proxy.client(account.key).stream_chat() as stream:
+        stream.read_until(b"word")
+        sent = upstream.next_exchange().sent
+        wait_until(lambda: sent.endswith(b"\n\n") and len(sent) > 14_000_000, "everything is sent")
+        for _ in range(5):  # by then the proxy has seen it
+            assert proxy.client(other.key).chat(model="echo").status == 200
+        stream.leave()
+    proxy.wait_until_settled(account)
+    assert_books(proxy, account, credits=3000 - QUESTION_ESTIMATE - 1)
+
+
 def test_a_body_that_never_ends_holds_nothing_and_hinders_nobody(
     proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
 ) -> None:

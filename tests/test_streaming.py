@@ -1,13 +1,16 @@
 """What comes out of a stream is what went in, event by event; what breaks says so."""
 
 import json
+import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import openai
 import pytest
 from conftest import (
     CLOSED_SECONDS,
+    WAIT_SECONDS,
     Account,
     Answers,
     AnswersJsonToAStream,
@@ -33,6 +36,7 @@ from conftest import (
     WrongContentLength,
     assert_books,
     assert_error,
+    chat_request,
     error_frame,
     event_data,
     split_events,
@@ -235,6 +239,21 @@ def test_done_ends_a_stream_though_the_upstream_goes_on(
     answer = proxy.client(account.key).chat(stream=True)
     assert answer.clean and answer.body.endswith(b"data: [DONE]\n\n")
     assert_books(proxy, account, credits=92)
+
+
+@pytest.mark.parametrize("connection", ["keep-alive", "close"])
+def test_a_client_of_http_1_0_sees_the_end_of_a_stream(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey, connection: str
+) -> None:
+    """Without chunks nothing but the connection's end tells it."""
+    account = funded_key(credits=100)
+    body = json.dumps(chat_request(**ASKED)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.0\r\nAuthorization: Bearer {account.key}\r\nConnection: {connection}\r\n"
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=WAIT_SECONDS) as client:
+        client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        answer = b"".join(iter(partial(client.recv, 65536), b""))
+    assert answer.partition(b"\r\n\r\n")[2] == bytes(upstream.posts[0].sent)
+    assert_books(proxy, account, credits=100 - 8)
 
 
 # -- Headers, and answers that are no stream
