@@ -1076,7 +1076,7 @@ class UsageMeter:
 
     @property
     def count_certain(self) -> int:
-        return max(self.events, self.text_bytes // 16)
+        return max(self.events, self.text_bytes // 8)
 
     @property
     def count_before(self) -> int:
@@ -1489,7 +1489,7 @@ def find_caller(db: sqlite3.Connection, key_hash: bytes, now: int) -> Caller | R
         return Refusal("invalid_api_key", "The API key is not valid. Ask who runs this service for a new one.")
     caller = Caller(*row)
     if caller.revoked_at is not None:
-        return Refusal("revoked_api_key", "The API key was revoked. Ask who runs this service for a new one.")
+        return caller.refuse("revoked_api_key", "The API key was revoked. Ask who runs this service for a new one.")
     if now - (caller.last_used_at or 0) >= 60_000:
         db.execute("UPDATE api_key SET last_used_at = ? WHERE id = ?", (now, caller.key_id))
     if caller.free and now >= (caller.free_expires_at or 0):
@@ -1832,6 +1832,7 @@ class Hold:
         self.upstream: str | None = None
         self.resolution: Resolution | None = None
         self.settled: Settled | None = None
+        self.at_limit = False  # past the bound, with no more credits to be had
         self.next_slice: asyncio.Future[int] | None = None
 
     async def __aenter__(self) -> Hold:
@@ -1894,10 +1895,10 @@ class Hold:
     def needed(self) -> int:
         """How many tokens of output must be held.
 
-        The upstream was told to stop at the bound. An estimate that passes it is most likely too high, so there
-        only the count that is certain says that the upstream goes on regardless.
+        The upstream was told to stop at the bound, so an estimate that passes it may be too high: where no more credits
+        are to be had, only the count that is certain says that the upstream goes on regardless.
         """
-        return self.meter.count if self.granted < self.bound else self.meter.count_certain
+        return self.meter.count_certain if self.at_limit else self.meter.count
 
     async def cover(self) -> bool:
         """Whether credits for what the meter counted are held; asks ahead, and waits only when the slice is used up.
@@ -1914,7 +1915,9 @@ class Hold:
                 tokens = 0
             self.granted += tokens
             if tokens == 0 and ahead is None:
-                return False
+                if self.at_limit or self.granted < self.bound:
+                    return False
+                self.at_limit = True
         if self.next_slice is not None and self.next_slice.done():
             self.granted += 0 if self.next_slice.exception() else self.next_slice.result()
             self.next_slice = None
@@ -2239,16 +2242,21 @@ class Proxy:
         exchange.caller = exchange.caller or refusal.caller
         exchange.status = refusal.status
         headers = {**exchange.headers(self), **refusal.headers, "Content-Type": "application/json"}
-        return web.Response(status=refusal.status, body=refusal.encoded(), headers=headers)
+        response = web.Response(status=refusal.status, body=refusal.encoded(), headers=headers)
+        if self.draining:
+            response.force_close()  # so that the client's next connection finds another server, or the next one
+        return response
 
     async def route(self, exchange: Exchange) -> web.StreamResponse:
         """Find the handler by path and method. Under /v1 an unknown key sees 401, whatever else is wrong."""
-        if self.draining:
-            raise Refusal("shutting_down", "The server is shutting down. Try again shortly.", headers=retry_after(1))
         path = exchange.request.path
         method = "GET" if exchange.request.method == "HEAD" else exchange.request.method
         private = path.startswith(("/v1/", "/api/"))
         name = path.removeprefix("/api" if path.startswith("/api/v1/") else "").removeprefix("/v1/")
+        if self.draining:
+            if private:
+                await self.identify(exchange, authenticate(exchange.request))
+            raise Refusal("shutting_down", "The server is shutting down. Try again shortly.", headers=retry_after(1))
         if private and name in ENDPOINTS and method == "POST":
             return await self.complete(exchange, ENDPOINTS[name])
         if private:
@@ -2263,7 +2271,8 @@ class Proxy:
             handler = partial(self.show_model, name=name.removeprefix("models/"))
         allowed = "POST" if private and name in ENDPOINTS else "GET, HEAD"
         if handler is None and not (private and name in ENDPOINTS):
-            raise Refusal("not_found", f"There is nothing at {path}. Set the client's base_url to end with /v1.")
+            hint = "GET /v1/models lists the models." if private else "Set the client's base_url to end with /v1."
+            raise Refusal("not_found", f"There is nothing at {path}. {hint}")
         if handler is None or method != "GET":
             message = f"{path} takes {allowed}, not {exchange.request.method}."
             raise Refusal("method_not_allowed", message, headers={"Allow": allowed})
@@ -2430,7 +2439,11 @@ class Proxy:
                 body = b""
                 with contextlib.suppress(BrokenStream):  # a body too long to pass on; the status says enough
                     body = await answer.read_whole(exchange, ERROR_BYTES_MAX)
-                raise judge_status(answer.target, response.status, response.headers.get("Retry-After"), body)
+                refusal = judge_status(answer.target, response.status, response.headers.get("Retry-After"), body)
+                if refusal.moves_on:  # what is the client's own fault is told to the client alone
+                    name = answer.target.upstream.name
+                    self.log.say(f"{exchange.request_id} upstream {name} answered with status {response.status}")
+                raise refusal
             if answer.is_stream:
                 exchange.client = self.start_response(exchange, answer)
                 answer.first_block = await answer.next_block(exchange)
@@ -2561,7 +2574,8 @@ class Proxy:
     def used_up(self, hold: Hold) -> Refusal:
         message = "The account's credits are used up, so the answer ends here. Add credits."
         credits = as_credits(hold.caller.free + hold.caller.paid)
-        return Refusal("insufficient_credits", message, detail={"credits": credits})
+        detail = {"credits": credits, "required": as_credits(hold.order.least)}
+        return Refusal("insufficient_credits", message, detail=detail)
 
     async def end_stream(self, exchange: Exchange, answer: Answer, hold: Hold, last: bytes) -> None:
         """Settle, then send the event that ends the stream: [DONE], an error of the upstream's own, or none."""
@@ -2593,6 +2607,8 @@ class Proxy:
         if hold.resolution is None:
             with contextlib.suppress(Refusal):
                 await hold.settle()
+        if hold.settled is not None and "credits" in refusal.content["error"]:
+            refusal.content["error"]["credits"] = as_credits(hold.settled.credits)
         transport = exchange.request.transport
         if refusal.code == "client_stalled":
             if transport is not None:
@@ -3054,6 +3070,8 @@ async def serve(config: Config) -> int:
         owner = await proxy.ledger.submit(partial(create_owner, config=proxy.config, now=now_ms()))
         if owner is not None:
             print(first_steps(proxy.base_url, owner))
+            if not proxy.config.free_credits:
+                print("It has no credits yet. Give it some: python proxy.py credit add owner 1000\n")
         print(f"listening on {proxy.base_url}")
         for line in proxy.catalog.retiring(time.time()):
             print(f"model {line}")
@@ -3236,9 +3254,9 @@ def parse_amount(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected credits with at most three decimals, got {text!r}") from None
 
 
-def parse_count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:12]) <= 10**6:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1,000,000, got {text!r}")
+def parse_count(text: str, most: int = 10**6) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:20]) <= most:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most:,}, got {text!r}")
     return int(text)
 
 
@@ -3274,8 +3292,8 @@ def account_list(db: sqlite3.Connection, config: Config, options: argparse.Names
 
 def account_show(db: sqlite3.Connection, config: Config, options: argparse.Namespace) -> Report:
     value = find_account(db, options.name).described()
-    lines = [f"{key + ':':<17} {f'{shown:,}' if isinstance(shown, Decimal) else shown}" for key, shown in value.items()]
-    return Report(value, lines)
+    shown = {key: f"{item:,}" if isinstance(item, Decimal) else item for key, item in value.items()}
+    return Report(value, [f"{key + ':':<17} {'-' if item is None else item}" for key, item in shown.items()])
 
 
 def account_change(column: str, db: sqlite3.Connection, config: Config, options: argparse.Namespace) -> Report:
@@ -3547,25 +3565,28 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         made: argparse.ArgumentParser = group.add_parser(name, **more)
         made.set_defaults(run=run)
         for argument in names:
-            made.add_argument(argument if argument != "value" else "value", metavar=argument.upper())
+            made.add_argument(argument, metavar="ACCOUNT")
         made.add_argument("--json", action="store_true", help="print one JSON document")
         return made
 
     account = commands.add_parser("account", help="people").add_subparsers(required=True, metavar="COMMAND")
-    add = command(account, "add", account_add, "name", help="create an account and print its key, once")
+    add = command(account, "add", account_add, "name", help="create one and print its key, once")
     add.add_argument("--tier", metavar="T")
     add.add_argument("--credits", type=parse_amount, default=0, metavar="N", help="purchased, on top of the free ones")
-    command(account, "list", account_list)
-    command(account, "show", account_show, "name")
-    command(account, "tier", partial(account_change, "tier"), "name", "value")
-    for verb, status in (("suspend", "suspended"), ("resume", "active")):
-        command(account, verb, partial(account_change, "status"), "name").set_defaults(value=status)
+    command(account, "list", account_list, help="all of them, with their credits")
+    command(account, "show", account_show, "name", help="one of them")
+    tier = command(account, "tier", partial(account_change, "tier"), "name", help="change its limits")
+    tier.add_argument("value", metavar="TIER")
+    for verb, status, what in (("suspend", "suspended", "refuse its requests"), ("resume", "active", "undo that")):
+        change = command(account, verb, partial(account_change, "status"), "name", help=what)
+        change.set_defaults(value=status)
     key = commands.add_parser("key", help="their keys").add_subparsers(required=True, metavar="COMMAND")
-    command(key, "add", key_add, "name").add_argument("--label", metavar="L")
-    command(key, "list", key_list, "name")
-    command(key, "revoke", key_revoke).add_argument("key_id", type=parse_count, metavar="KEY_ID")
+    command(key, "add", key_add, "name", help="print a new one, once").add_argument("--label", metavar="L")
+    command(key, "list", key_list, "name", help="of an account: ids, hints and when they were used")
+    revoke = command(key, "revoke", key_revoke, help="end one for ever, at once")
+    revoke.add_argument("key_id", type=partial(parse_count, most=2**63 - 1), metavar="KEY_ID")
     credit = commands.add_parser("credit", help="their credits").add_subparsers(required=True, metavar="COMMAND")
-    grant = command(credit, "add", credit_add, "name", help="a negative amount corrects")
+    grant = command(credit, "add", credit_add, "name", help="grant some; a negative amount corrects")
     grant.add_argument("amount", type=parse_amount, metavar="AMOUNT")
     grant.add_argument("--ref", metavar="R", help="the same reference twice adds once")
     grant.add_argument("--note", metavar="N")

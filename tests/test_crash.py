@@ -114,7 +114,7 @@ def refused_by_and_by(proxy: RunningProxy) -> None:
 def test_a_drain_takes_no_more_requests_on_old_connections(running_proxy: MakeProxy) -> None:
     answers = Answers(pause_after=1)
     proxy = running_proxy(behaviour=answers)
-    account = proxy.add_account(1000)
+    account = proxy.add_account(1000, tier="hundred-a-minute")
     kept = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=20)
     headers = {"authorization": f"Bearer {account.key}", "content-type": "application/json"}
     with contextlib.closing(kept), streams(proxy, [account], 1) as (stream,):
@@ -127,6 +127,7 @@ def test_a_drain_takes_no_more_requests_on_old_connections(running_proxy: MakePr
             answer = kept.getresponse()
             refused = Response(answer.status, answer.headers, answer.read(), clean=True)
             assert_error(refused, 503, "shutting_down", "server_error")
+            assert (refused.headers["x-ratelimit-limit"], refused.headers["connection"]) == ("100", "close")
         except (ConnectionError, http.client.RemoteDisconnected):
             pass  # an idle connection may also have been closed
         answers.resume.set()

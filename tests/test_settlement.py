@@ -298,8 +298,32 @@ def test_a_stream_ends_when_the_credits_are_used_up(
     error = error_frame(answer)
     assert (error["code"], error["type"]) == ("insufficient_credits", "insufficient_credits")
     assert answer.words == 350 - 2 * QUESTION_ESTIMATE, "what was held is relayed to the last token"
+    assert (error["credits"], error["required"]) == (QUESTION_ESTIMATE, 2 * QUESTION_ESTIMATE + 1)
     upstream.posts[0].closed.wait(CLOSED_SECONDS)
     assert_books(proxy, account, credits=350 - QUESTION_ESTIMATE - answer.words)
+
+
+def test_an_estimate_past_the_maximum_is_held_while_there_are_credits(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    """An event is five tokens by its bytes; the upstream ignores the maximum and says nothing of usage."""
+    account = funded_key(credits=5000)
+    upstream.behaviour = Answers(tokens=200, word="twenty bytes of text", honours_maximum=False, usage="none")
+    assert proxy.client(account.key).chat(stream=True, max_tokens=100).clean
+    assert_books(proxy, account, credits=5000 - QUESTION_ESTIMATE - 1000)
+    assert not [overrun for overrun in proxy.audit()["overruns"] if overrun["account"] == account.name]
+
+
+def test_an_upstream_that_ignores_the_maximum_overdraws_by_no_more_than_an_estimate_can_miss(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    """Honest answers have up to twice the bytes of their estimate, so one that has more is none."""
+    account = funded_key(credits=350)
+    upstream.behaviour = Answers(tokens=5000, word="twenty bytes of text", honours_maximum=False, usage="none")
+    answer = proxy.client(account.key).chat(stream=True)
+    assert error_frame(answer)["code"] == "insufficient_credits"
+    assert answer.words == (350 - 2 * QUESTION_ESTIMATE) * 8 // 20
+    assert_books(proxy, account, credits=350 - QUESTION_ESTIMATE - 5 * answer.words)
 
 
 def test_a_stream_ends_when_others_hold_the_rest(

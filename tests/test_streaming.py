@@ -441,6 +441,8 @@ def test_what_the_first_upstream_cannot_do_the_second_does(
     assert answer.status == 200 and answer.clean
     assert len(backup.posts) == 1 and upstream.posts
     assert answer.body == bytes(backup.posts[0].sent) or stream
+    said = rf"status {name}" if name.isdigit() else "upstream main broke"
+    proxy.wait_for_line(rf"^\S+ {answer.headers['x-request-id']} .*{said}")
     assert_books(proxy, account, credits=92)
 
 
