@@ -1112,7 +1112,9 @@ class UsageMeter:
             events += 1
             text_bytes = total
             text_start = text_end + frame
-        self.set_count(events, text_bytes)
+        self.events, self.text_bytes = events, text_bytes
+        quarters = (text_bytes + 3) // 4
+        self.count = events if events > quarters else quarters
         return text_start - len(self.prefix)
 
     def feed(self, event: bytes) -> bytes:
@@ -1162,7 +1164,9 @@ class UsageMeter:
                 text += text_bytes(choice.text)
             if choice.finish_reason:
                 self.finished = True
-        self.set_count(self.events + (text > 0), self.text_bytes + text)
+        self.events += text > 0
+        self.text_bytes += text
+        self.count = max(self.events, (self.text_bytes + 3) // 4)
         if chunk.usage is not None and (usage := read_usage(chunk.usage)):
             self.usage = usage
             self.count_at_usage = self.count
@@ -1171,11 +1175,6 @@ class UsageMeter:
                 self.by_choice = {**self.by_choice, index if type(index) is int else 0: usage}
             elif self.several:
                 self.closing = add_closing(self.closing, usage)
-
-    def set_count(self, events: int, text_bytes: int) -> None:
-        self.events, self.text_bytes = events, text_bytes
-        quarters = (text_bytes + 3) // 4
-        self.count = events if events > quarters else quarters
 
     def take_back(self) -> None:
         """The last event that was fed is not sent on after all."""
@@ -2114,6 +2113,13 @@ class Exchange:
     def request_id(self) -> str:
         return f"req_{self.id:016x}"
 
+    def still_seconds(self, now: float) -> float:
+        """For how long there was no activity; 0 if there was some since the last look."""
+        if self.activity != self.activity_seen:
+            self.activity_seen = self.activity
+            self.still_since = self.commented = now
+        return now - self.still_since
+
     def interrupt(self, why: Refusal) -> None:
         """End the wait that the exchange is in; `why` is raised there."""
         if self.waiting_for and self.interruption is None:
@@ -2141,7 +2147,6 @@ class Exchange:
         if not data:
             return
         self.waiting_for = "client"
-        self.activity += 1
         try:
             await (self.writer or await self.begin()).write(data)
         except ConnectionError:
@@ -2159,7 +2164,6 @@ class Exchange:
         """Write the rest of the answer and its end in one piece."""
         assert self.client is not None
         self.waiting_for = "client"
-        self.activity += 1
         try:
             if self.writer is None:
                 await self.begin()
@@ -2688,7 +2692,7 @@ class Proxy:
             await asyncio.sleep(WATCH_SECONDS)
             now = asyncio.get_running_loop().time()
             for exchange in list(self.exchanges):
-                if exchange.waiting_for:
+                if exchange.waiting_for and exchange.still_seconds(now):
                     await self.guard(self.look_after(exchange, now))
             if (state := file_state(self.config.models)) != self.models_file:
                 self.models_file = state
@@ -2702,10 +2706,7 @@ class Proxy:
             self.log.say(f"the watch failed\n{traceback.format_exc()}")
 
     async def look_after(self, exchange: Exchange, now: float) -> None:
-        if exchange.activity != exchange.activity_seen:
-            exchange.activity_seen = exchange.activity
-            exchange.still_since = exchange.commented = now
-        still = now - exchange.still_since
+        still = exchange.still_seconds(now)
         transport = exchange.request.transport
         unsent = transport.get_write_buffer_size() if transport else 0
         if exchange.waiting_for == "client":
