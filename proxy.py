@@ -990,6 +990,15 @@ def first_event(block: bytes, start: int) -> bytes:
     return block[start : match.end()] if match else block[start:]
 
 
+def split_events(block: bytes) -> Iterator[bytes]:
+    """Whole events, one by one."""
+    done = 0
+    while done < len(block):
+        event = first_event(block, done)
+        done += len(event)
+        yield event
+
+
 class Delta(msgspec.Struct, gc=False):
     """The members of a delta or message that bear content. Some servers send other types than text."""
 
@@ -1046,11 +1055,15 @@ def read_usage(value: Any) -> Usage | None:
     return Usage(*valid) if valid != [None, None] else None
 
 
+def running_count(events: int, text_bytes: int) -> int:
+    """The estimate of an output: the larger of events that bear content and their text's bytes / 4."""
+    return max(events, (text_bytes + 3) // 4)
+
+
 class UsageMeter:
     """Counts what an answer costs, event by event. Knows no sockets; keeps no text.
 
-    `count` is the running estimate of the output: the larger of events that bear content and their text's
-    bytes / 4. `count_certain` is what even a text of very long tokens must have used.
+    `count` is the running estimate of the output, `count_certain` what even a text of very long tokens must have used.
     """
 
     def __init__(self, endpoint: Endpoint, choices: int, wants_usage: bool, choices_a_prompt: int = 1) -> None:
@@ -1059,7 +1072,6 @@ class UsageMeter:
         self.closing_choice = b"" if wants_usage else endpoint.empty_choice
         self.events = 0
         self.text_bytes = 0
-        self.count = 0
         self.usage: Usage | None = None
         self.count_at_usage = 0
         self.closing: Usage | None = None
@@ -1070,9 +1082,13 @@ class UsageMeter:
         self.before = self.state()  # the last event that was fed
         self.prefix = self.suffix = self.between = PROBE  # of no event yet
 
-    def state(self) -> tuple[int, int, int, int, Usage | None, Usage | None, dict[int, Usage]]:
+    def state(self) -> tuple[int, int, int, Usage | None, Usage | None, dict[int, Usage]]:
         """All that a bill is made of."""
-        return (self.count, self.events, self.text_bytes, self.count_at_usage, self.usage, self.closing, self.by_choice)
+        return (self.events, self.text_bytes, self.count_at_usage, self.usage, self.closing, self.by_choice)
+
+    @property
+    def count(self) -> int:
+        return running_count(self.events, self.text_bytes)
 
     @property
     def count_certain(self) -> int:
@@ -1081,7 +1097,7 @@ class UsageMeter:
     @property
     def count_before(self) -> int:
         """The count without the last event that was fed, which is not sent on yet."""
-        return self.before[0]
+        return running_count(*self.before[:2])
 
     @property
     def ended(self) -> bool:
@@ -1100,7 +1116,7 @@ class UsageMeter:
         if not block.startswith(self.prefix, start):
             return start
         between, frame = self.between, len(self.between)
-        events, text_bytes, bytes_max = self.events, self.text_bytes, 4 * count_max
+        events, text_bytes, bytes_max = self.events, self.text_bytes, 4 * count_max  # by the rule of running_count
         text_start = start + len(self.prefix)
         goes_on = True
         while goes_on and (text := match_plain_text(block, text_start)):
@@ -1113,8 +1129,6 @@ class UsageMeter:
             text_bytes = total
             text_start = text_end + frame
         self.events, self.text_bytes = events, text_bytes
-        quarters = (text_bytes + 3) // 4
-        self.count = events if events > quarters else quarters
         return text_start - len(self.prefix)
 
     def feed(self, event: bytes) -> bytes:
@@ -1166,7 +1180,6 @@ class UsageMeter:
                 self.finished = True
         self.events += text > 0
         self.text_bytes += text
-        self.count = max(self.events, (self.text_bytes + 3) // 4)
         if chunk.usage is not None and (usage := read_usage(chunk.usage)):
             self.usage = usage
             self.count_at_usage = self.count
@@ -1178,8 +1191,8 @@ class UsageMeter:
 
     def take_back(self) -> None:
         """The last event that was fed is not sent on after all."""
-        self.count, self.events, self.text_bytes, self.count_at_usage = self.before[:4]
-        self.usage, self.closing, self.by_choice = self.before[4:]
+        self.events, self.text_bytes, self.count_at_usage = self.before[:3]
+        self.usage, self.closing, self.by_choice = self.before[3:]
 
     def bill(self, prompt_estimate: int, complete: bool) -> Bill:
         """What is owed. Of an answer that was cut short, what came after the last usage is owed too."""
@@ -2257,14 +2270,12 @@ class Proxy:
         method = "GET" if exchange.request.method == "HEAD" else exchange.request.method
         private = path.startswith(("/v1/", "/api/"))
         name = path.removeprefix("/api" if path.startswith("/api/v1/") else "").removeprefix("/v1/")
-        if self.draining:
-            if private:
-                await self.identify(exchange, authenticate(exchange.request))
-            raise Refusal("shutting_down", "The server is shutting down. Try again shortly.", headers=retry_after(1))
-        if private and name in ENDPOINTS and method == "POST":
+        if private and name in ENDPOINTS and method == "POST" and not self.draining:
             return await self.complete(exchange, ENDPOINTS[name])
         if private:
             await self.identify(exchange, authenticate(exchange.request))
+        if self.draining:
+            raise Refusal("shutting_down", "The server is shutting down. Try again shortly.", headers=retry_after(1))
         public = {"/health": self.show_health, "/metrics": self.show_metrics}
         handler = public.get(path)
         if path == "/api/billing/subscription":
@@ -2517,7 +2528,7 @@ class Proxy:
                 block, last = await self.meter_events(exchange, hold, answer.first_block, 0)
                 await exchange.send(block)
                 while not meter.over:
-                    exchange.waiting_for = "upstream"
+                    exchange.waiting_for = "upstream"  # `answer.read`, in place: the call is 2 % of a chunk
                     block = await content.readany()
                     if not block:
                         break
@@ -2599,11 +2610,8 @@ class Proxy:
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, BrokenStream):
             async with asyncio.timeout(CLIENT_GONE_USAGE_SECONDS):
                 while meter.usage is None and not meter.over and (block := await answer.next_block(exchange)):
-                    done = 0
-                    while done < len(block):
-                        event = first_event(block, done)
+                    for event in split_events(block):
                         meter.feed(event)
-                        done += len(event)
 
     async def break_off(self, exchange: Exchange, hold: Hold, refusal: Refusal) -> None:
         """After the headers went out nothing can be repaired: settle, say why in an error frame, end uncleanly."""
@@ -2692,8 +2700,8 @@ class Proxy:
             await asyncio.sleep(WATCH_SECONDS)
             now = asyncio.get_running_loop().time()
             for exchange in list(self.exchanges):
-                if exchange.waiting_for and exchange.still_seconds(now):
-                    await self.guard(self.look_after(exchange, now))
+                if exchange.waiting_for and (still := exchange.still_seconds(now)):
+                    await self.guard(self.look_after(exchange, now, still))
             if (state := file_state(self.config.models)) != self.models_file:
                 self.models_file = state
                 await self.guard(self.reload_catalog())
@@ -2705,8 +2713,7 @@ class Proxy:
         except Exception:
             self.log.say(f"the watch failed\n{traceback.format_exc()}")
 
-    async def look_after(self, exchange: Exchange, now: float) -> None:
-        still = exchange.still_seconds(now)
+    async def look_after(self, exchange: Exchange, now: float, still: float) -> None:
         transport = exchange.request.transport
         unsent = transport.get_write_buffer_size() if transport else 0
         if exchange.waiting_for == "client":
@@ -3562,32 +3569,35 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(run=None)
     commands.add_parser("serve", help="run the server (the default)")
 
-    def command(group: Any, name: str, run: Callable[..., Report], *names: str, **more: Any) -> argparse.ArgumentParser:
+    def command(group: Any, name: str, run: Callable[..., Report], **more: Any) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = group.add_parser(name, **more)
         made.set_defaults(run=run)
-        for argument in names:
-            made.add_argument(argument, metavar="ACCOUNT")
         made.add_argument("--json", action="store_true", help="print one JSON document")
         return made
 
+    def account_command(*what: Any, **more: Any) -> argparse.ArgumentParser:
+        made = command(*what, **more)
+        made.add_argument("name", metavar="ACCOUNT")
+        return made
+
     account = commands.add_parser("account", help="people").add_subparsers(required=True, metavar="COMMAND")
-    add = command(account, "add", account_add, "name", help="create one and print its key, once")
+    add = account_command(account, "add", account_add, help="create one and print its key, once")
     add.add_argument("--tier", metavar="T")
     add.add_argument("--credits", type=parse_amount, default=0, metavar="N", help="purchased, on top of the free ones")
     command(account, "list", account_list, help="all of them, with their credits")
-    command(account, "show", account_show, "name", help="one of them")
-    tier = command(account, "tier", partial(account_change, "tier"), "name", help="change its limits")
+    account_command(account, "show", account_show, help="one of them")
+    tier = account_command(account, "tier", partial(account_change, "tier"), help="change its limits")
     tier.add_argument("value", metavar="TIER")
     for verb, status, what in (("suspend", "suspended", "refuse its requests"), ("resume", "active", "undo that")):
-        change = command(account, verb, partial(account_change, "status"), "name", help=what)
+        change = account_command(account, verb, partial(account_change, "status"), help=what)
         change.set_defaults(value=status)
     key = commands.add_parser("key", help="their keys").add_subparsers(required=True, metavar="COMMAND")
-    command(key, "add", key_add, "name", help="print a new one, once").add_argument("--label", metavar="L")
-    command(key, "list", key_list, "name", help="of an account: ids, hints and when they were used")
+    account_command(key, "add", key_add, help="print a new one, once").add_argument("--label", metavar="L")
+    account_command(key, "list", key_list, help="of an account: ids, hints and when they were used")
     revoke = command(key, "revoke", key_revoke, help="end one for ever, at once")
     revoke.add_argument("key_id", type=partial(parse_count, most=2**63 - 1), metavar="KEY_ID")
     credit = commands.add_parser("credit", help="their credits").add_subparsers(required=True, metavar="COMMAND")
-    grant = command(credit, "add", credit_add, "name", help="grant some; a negative amount corrects")
+    grant = account_command(credit, "add", credit_add, help="grant some; a negative amount corrects")
     grant.add_argument("amount", type=parse_amount, metavar="AMOUNT")
     grant.add_argument("--ref", metavar="R", help="the same reference twice adds once")
     grant.add_argument("--note", metavar="N")

@@ -38,6 +38,7 @@ from proxy import (
     forward_body,
     give_choice,
     parse_request,
+    split_events,
 )
 
 CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
@@ -341,7 +342,7 @@ def test_an_event_of_megabytes_goes_on_whole_and_is_counted(newline: bytes) -> N
     splitter, meter = EventSplitter(), UsageMeter(ENDPOINTS[CHAT], 1, True)
     stream = event + DONE
     blocks = (splitter.feed(stream[n : n + 65_536]) for n in range(0, len(stream), 65_536))
-    events = [first_event(block, 0) for block in blocks if block] + [DONE]
+    events = [whole for block in blocks for whole in split_events(block)]
     assert b"".join(events) == stream
     assert b"".join(map(meter.feed, events)) == stream
     assert (meter.count, meter.over) == (2**20, True)
