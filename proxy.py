@@ -2848,9 +2848,12 @@ LOG_LINE = "%s %s %s %s %s %s %s %s %s+%s tokens%s %s credits %s/%s ms"
 
 
 def emit(line: str) -> None:
-    """A log that cannot be written (a full disk, a closed pipe) must not stop the books."""
+    """A log that cannot be written (a full disk, a closed pipe) must not stop the books.
+
+    Past the buffer of `sys.stderr`, which would keep what it cannot write, and fail with it at the exit.
+    """
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(line + "\n")
+        os.write(sys.stderr.fileno(), f"{line}\n".encode(errors="backslashreplace"))
 
 
 class Metrics:

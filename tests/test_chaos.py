@@ -36,6 +36,7 @@ from conftest import (
     RunningProxy,
     assert_audit,
     chat_request,
+    clean_environment,
     sse,
     wait_until,
 )
@@ -667,7 +668,9 @@ def test_kill_9_in_the_middle_of_streams_loses_no_more_than_a_slice_of_each(
 def started_with_stderr(proxy: RunningProxy, stderr: Any) -> Iterator[int]:
     """`proxy.py serve` on the same files; its port. It must end well."""
     command = [sys.executable, str(PROXY), "--config", str(proxy.config)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=proxy.folder)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=clean_environment(), cwd=proxy.folder
+    )
     assert process.stdout is not None
     try:
         lines = iter(process.stdout.readline, "")
