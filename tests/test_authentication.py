@@ -6,19 +6,16 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import (
-    UPSTREAM_KEY,
-    WAIT_SECONDS,
-    Account,
-    Answers,
-    Client,
-    Fails,
-    FakeUpstream,
-    RunningProxy,
-    assert_books,
-    assert_error,
-    chat_request,
-)
+
+from tests.support.answers import Answers
+from tests.support.books import assert_books
+from tests.support.client import Client, chat_request
+from tests.support.errors import assert_error
+from tests.support.files import UPSTREAM_KEY
+from tests.support.misbehaviours import Fails
+from tests.support.process import Account, RunningProxy
+from tests.support.upstream import FakeUpstream
+from tests.support.waiting import WAIT_SECONDS
 
 MakeKey = Callable[..., Account]
 UNKNOWN_KEY = "sk-" + "x" * 43

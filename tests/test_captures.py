@@ -16,18 +16,14 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import (
-    Account,
-    Exchange,
-    Response,
-    RunningProxy,
-    Signal,
-    assert_books,
-    assert_error,
-    error_frame,
-    event_data,
-    split_events,
-)
+
+from tests.support.books import assert_books
+from tests.support.client import Response
+from tests.support.errors import assert_error, error_frame
+from tests.support.exchange import Exchange
+from tests.support.process import Account, RunningProxy
+from tests.support.sse import event_data, split_events
+from tests.support.waiting import Signal
 
 FOLDER = Path(__file__).parent / "data" / "captures"
 SMALL_BYTES = 1500

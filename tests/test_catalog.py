@@ -9,22 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import (
-    MODELS,
-    QUESTION_ESTIMATE,
-    REPOSITORY,
-    TODAY,
-    Account,
-    Answers,
-    CommandServer,
-    FakeUpstream,
-    RunningProxy,
-    assert_books,
-    assert_error,
-    catalog,
-    wait_until,
-    write_yaml,
-)
+
+from tests.support.answers import Answers
+from tests.support.books import assert_books
+from tests.support.client import QUESTION_ESTIMATE
+from tests.support.commands import REPOSITORY, CommandServer
+from tests.support.errors import assert_error
+from tests.support.files import MODELS, TODAY, catalog, write_yaml
+from tests.support.process import Account, RunningProxy
+from tests.support.upstream import FakeUpstream
+from tests.support.waiting import wait_until
 
 MakeKey = Callable[..., Account]
 MakeProxy = Callable[..., RunningProxy]

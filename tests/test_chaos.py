@@ -25,21 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    CLOSED_SECONDS,
-    PROXY,
-    WAIT_SECONDS,
-    Account,
-    Client,
-    Exchange,
-    FakeUpstream,
-    RunningProxy,
-    assert_audit,
-    chat_request,
-    clean_environment,
-    sse,
-    wait_until,
-)
+
+from tests.support.books import assert_audit
+from tests.support.client import Client, chat_request
+from tests.support.commands import PROXY, clean_environment
+from tests.support.exchange import Exchange
+from tests.support.process import Account, RunningProxy
+from tests.support.sse import sse
+from tests.support.upstream import FakeUpstream
+from tests.support.waiting import CLOSED_SECONDS, WAIT_SECONDS, wait_until
 
 MakeProxy = Callable[..., RunningProxy]
 MakeUpstream = Callable[..., FakeUpstream]

@@ -12,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    MODELS,
-    OPTIONS,
-    QUESTION,
-    FakeUpstream,
-    RunningProxy,
-    assert_audit,
-    assert_books,
-    clean_environment,
-    milli,
-    run_program,
-    write_files,
-)
+
+from tests.support.books import assert_audit, assert_books, milli
+from tests.support.client import QUESTION
+from tests.support.commands import clean_environment, run_program
+from tests.support.files import MODELS, OPTIONS, write_files
+from tests.support.process import RunningProxy
+from tests.support.upstream import FakeUpstream
 
 ECHO = {"echo": {"builtin": "echo"}}
 FREE_CREDITS = {"amount": 1000, "days": 30}

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import (
-    CommandServer,
-    RunningProxy,
-    run_program,
-)
+
+from tests.support.commands import CommandServer, run_program
+from tests.support.process import RunningProxy
 
 CONFIG = """\
 listen: 127.0.0.1:0

@@ -8,21 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import (
-    CLOSED_SECONDS,
-    QUESTION_ESTIMATE,
-    Account,
-    Answers,
-    Response,
-    RunningProxy,
-    StallsBeforeHeaders,
-    Stream,
-    assert_audit,
-    assert_books,
-    assert_error,
-    chat_request,
-    error_frame,
-)
+
+from tests.support.answers import Answers
+from tests.support.books import assert_audit, assert_books
+from tests.support.client import QUESTION_ESTIMATE, Response, Stream, chat_request
+from tests.support.errors import assert_error, error_frame
+from tests.support.misbehaviours import StallsBeforeHeaders
+from tests.support.process import Account, RunningProxy
+from tests.support.waiting import CLOSED_SECONDS
 
 MakeProxy = Callable[..., RunningProxy]
 SLICE = 10

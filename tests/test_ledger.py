@@ -23,22 +23,18 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from conftest import (
-    MODELS,
-    OPTIONS,
-    REPOSITORY,
-    Account,
-    Answers,
-    Exchange,
-    FakeUpstream,
-    RunningProxy,
-    Signal,
-    sse,
-    wait_until,
-)
-from conftest import write_files as write_yaml_files
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.support.answers import Answers
+from tests.support.commands import REPOSITORY
+from tests.support.exchange import Exchange
+from tests.support.files import MODELS, OPTIONS
+from tests.support.files import write_files as write_yaml_files
+from tests.support.process import Account, RunningProxy
+from tests.support.sse import sse
+from tests.support.upstream import FakeUpstream
+from tests.support.waiting import Signal, wait_until
 
 sys.path.insert(0, str(REPOSITORY))
 import proxy as program

@@ -5,18 +5,15 @@ from collections.abc import Callable
 
 import openai
 import pytest
-from conftest import (
-    Account,
-    Answers,
-    Fails,
-    FakeUpstream,
-    Response,
-    RunningProxy,
-    StallsBeforeHeaders,
-    assert_books,
-    assert_error,
-    wait_until,
-)
+
+from tests.support.answers import Answers
+from tests.support.books import assert_books
+from tests.support.client import Response
+from tests.support.errors import assert_error
+from tests.support.misbehaviours import Fails, StallsBeforeHeaders
+from tests.support.process import Account, RunningProxy
+from tests.support.upstream import FakeUpstream
+from tests.support.waiting import wait_until
 
 MakeKey = Callable[..., Account]
 MakeProxy = Callable[..., RunningProxy]

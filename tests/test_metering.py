@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
+from tests.support.commands import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY))
 from proxy import (

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import RunningProxy, assert_audit
+
+from tests.support.books import assert_audit
+from tests.support.process import RunningProxy
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 LISTENING = "http://127.0.0.1:8000"

@@ -8,19 +8,16 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import (
-    WAIT_SECONDS,
-    Account,
-    Fails,
-    FakeUpstream,
-    RunningProxy,
-    Shared,
-    assert_books,
-    assert_error,
-    chat_request,
-)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.support.books import assert_books
+from tests.support.client import chat_request
+from tests.support.errors import assert_error
+from tests.support.misbehaviours import Fails
+from tests.support.process import Account, RunningProxy, Shared
+from tests.support.upstream import FakeUpstream
+from tests.support.waiting import WAIT_SECONDS
 
 MakeKey = Callable[..., Account]
 CHAT = "/v1/chat/completions"

@@ -10,11 +10,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import (
-    CLOSED_SECONDS,
-    QUESTION_ESTIMATE,
-    Account,
-    Answers,
+
+from tests.support.answers import Answers
+from tests.support.books import assert_audit, assert_books
+from tests.support.client import QUESTION_ESTIMATE, chat_request
+from tests.support.errors import assert_error, error_frame
+from tests.support.exchange import Exchange
+from tests.support.misbehaviours import (
     AnswersJsonToAStream,
     BreaksBeforeFirstEvent,
     BreaksBetweenEvents,
@@ -24,30 +26,21 @@ from conftest import (
     EndsInMidAir,
     EndsWithoutDone,
     ErrorEventThenDone,
-    Exchange,
     Fails,
-    FakeUpstream,
     ResetsBeforeHeaders,
-    RunningProxy,
     SendsEvents,
     SendsGarbage,
     SendsGzip,
-    Signal,
     SpeaksNoHttp,
     StallsBeforeFirstByte,
     StallsBeforeHeaders,
     StallsMidStream,
     WrongContentLength,
-    assert_audit,
-    assert_books,
-    assert_error,
-    chat_request,
-    error_frame,
-    event_data,
-    split_events,
-    sse,
-    wait_until,
 )
+from tests.support.process import Account, RunningProxy
+from tests.support.sse import event_data, split_events, sse
+from tests.support.upstream import FakeUpstream
+from tests.support.waiting import CLOSED_SECONDS, Signal, wait_until
 
 MakeKey = Callable[..., Account]
 MakeProxy = Callable[..., RunningProxy]

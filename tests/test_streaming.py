@@ -8,11 +8,13 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import (
-    CLOSED_SECONDS,
-    WAIT_SECONDS,
-    Account,
-    Answers,
+
+from tests.support.answers import Answers
+from tests.support.books import assert_books
+from tests.support.client import chat_request
+from tests.support.errors import assert_error, error_frame
+from tests.support.exchange import Exchange
+from tests.support.misbehaviours import (
     AnswersJsonToAStream,
     BreaksBeforeFirstEvent,
     BreaksBetweenEvents,
@@ -22,11 +24,8 @@ from conftest import (
     EndsInMidAir,
     EndsWithoutDone,
     ErrorEventThenDone,
-    Exchange,
     Fails,
-    FakeUpstream,
     ResetsBeforeHeaders,
-    RunningProxy,
     SendsEvents,
     SendsGarbage,
     SendsGzip,
@@ -34,14 +33,11 @@ from conftest import (
     StallsBeforeHeaders,
     StallsMidStream,
     WrongContentLength,
-    assert_books,
-    assert_error,
-    chat_request,
-    error_frame,
-    event_data,
-    split_events,
-    sse,
 )
+from tests.support.process import Account, RunningProxy
+from tests.support.sse import event_data, split_events, sse
+from tests.support.upstream import FakeUpstream
+from tests.support.waiting import CLOSED_SECONDS, WAIT_SECONDS
 
 MakeKey = Callable[..., Account]
 ASKED = {"stream": True, "stream_options": {"include_usage": True}}

@@ -5,18 +5,14 @@ import importlib.util
 from collections.abc import Iterator
 
 import pytest
-from conftest import (
-    OPTIONS,
-    CommandServer,
-    FakeUpstream,
-    LoopThread,
-    RefusesConnections,
-    RunningProxy,
-    assert_audit,
-    write_files,
-)
 from fetch import model_path
 from llama import MODELS, Llama
+
+from tests.support.books import assert_audit
+from tests.support.commands import CommandServer
+from tests.support.files import OPTIONS, write_files
+from tests.support.process import RunningProxy
+from tests.support.upstream import FakeUpstream, LoopThread, RefusesConnections
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Account, RunningProxy, assert_books, clean_environment
+
+from tests.support.books import assert_books
+from tests.support.commands import REPOSITORY, clean_environment
+from tests.support.process import Account, RunningProxy
 
 pytest_plugins = ["real_fixtures"]
 pytestmark = pytest.mark.real

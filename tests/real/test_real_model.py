@@ -8,8 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import Account, Response, RunningProxy, assert_books, wait_until
 from llama import CONTEXT_TOKENS, MULTIPLIER, Llama
+
+from tests.support.books import assert_books
+from tests.support.client import Response
+from tests.support.process import Account, RunningProxy
+from tests.support.waiting import wait_until
 
 pytest_plugins = ["real_fixtures"]
 pytestmark = pytest.mark.real

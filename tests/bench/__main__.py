@@ -1,8 +1,8 @@
 """What does the proxy cost? One command measures it next to gateways that do less, and prints a table.
 
-    python -m bench                 under five minutes; longer with LiteLLM, which takes its time
-    python -m bench --quick         under one minute; without the long streams and the full database
-    python -m bench --svg costs.svg --json costs.json
+    python -m tests.bench                 under five minutes; longer with LiteLLM, which takes its time
+    python -m tests.bench --quick         under one minute; without the long streams and the full database
+    python -m tests.bench --svg costs.svg --json costs.json
 
 It needs Linux, the proxy's own requirements, and nothing else. With a C compiler its upstream and its load generator
 are C; nginx and LiteLLM take part if they are installed. All run on this machine, one process each, over loopback.
@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import measure, report
-from bench.chart import chart
-from bench.contestants import STARTERS, Contestant, installed, verdict_of_audit
-from bench.measure import Tools
-from bench.report import Cell, Report
-from bench.tables import flatness
+from tests.bench import measure, report
+from tests.bench.chart import chart
+from tests.bench.contestants import STARTERS, Contestant, installed, verdict_of_audit
+from tests.bench.measure import Tools
+from tests.bench.report import Cell, Report
+from tests.bench.tables import flatness
 
 SECONDS_MAX = 900  # whatever happens
 
@@ -189,7 +189,7 @@ def run(plan: Plan, names: list[str], directory: Path, found: Report, notes: lis
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure what the proxy costs.")
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure what the proxy costs.")
     parser.add_argument("--quick", action="store_true", help="under one minute: fewer rounds, no flatness")
     parser.add_argument("--long", action="store_true", help="2,000 streams for two minutes instead of 24 seconds")
     parser.add_argument("--rounds", type=int, help="how often everything is repeated")

@@ -13,8 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.contestants import Contestant, proxy, verdict_of_audit
-from bench.measure import NOT_STREAMED, Tools, take_turns
+from tests.bench.contestants import Contestant, proxy, verdict_of_audit
+from tests.bench.measure import NOT_STREAMED, Tools, take_turns
 
 ROWS_AN_ACCOUNT = 10
 KEYS_IN_TURN = 1000

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.contestants import HERE, Contestant, free_port, running
+from tests.bench.contestants import HERE, Contestant, free_port, running
 
 CHUNK_STREAMS, CHUNK_PACE_MS = 100, 20
 LATENCY_RATE = 25

@@ -1,7 +1,7 @@
 """The scripted upstream and the load generator for machines without a C compiler: what `upstream.c` and `load.c` do.
 
-    python bench/fallback.py upstream port=8001
-    python bench/fallback.py load port=8000 request=FILE connections=50 ...
+    python tests/bench/fallback.py upstream port=8001
+    python tests/bench/fallback.py load port=8000 request=FILE connections=50 ...
 
 Options and output are those of the C programs, whose first comments explain them. Each answer costs about ten times as
 much CPU here, so with few cores the contestants get less of the machine; their CPU per request can still be compared.

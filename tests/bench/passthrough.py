@@ -1,6 +1,6 @@
 """The yardstick: the least that a reverse proxy made of aiohttp can do. It checks, books and logs nothing.
 
-    python bench/passthrough.py PORT UPSTREAM_BASE_URL
+    python tests/bench/passthrough.py PORT UPSTREAM_BASE_URL
 
 The request's body is read whole and sent on; an answer of known length goes back in one piece, a stream as it comes,
 one write for each read.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent
+ROOT = HERE.parent.parent
 PR_SET_PDEATHSIG = 1
 COMMAND_SECONDS_MAX = 20
 START_SECONDS_MAX = 90  # LiteLLM takes about 20 on a small machine
@@ -161,7 +161,7 @@ def started(contestant: Contestant, arguments: list[str], directory: Path, **opt
 
 @contextmanager
 def pass_through(upstream_port: int, directory: Path) -> Iterator[Contestant]:
-    """The bare aiohttp pass-through of `bench/passthrough.py`."""
+    """The bare aiohttp pass-through of `tests/bench/passthrough.py`."""
     port = free_port()
     arguments = [sys.executable, str(HERE / "passthrough.py"), str(port), f"http://127.0.0.1:{upstream_port}/v1"]
     with started(Contestant("pass-through", port), arguments, directory) as contestant:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from html import escape
 
-from bench.report import MEASURES, YARDSTICK, Cell, Measure, number
+from tests.bench.report import MEASURES, YARDSTICK, Cell, Measure, number
 
 COLUMNS, PANEL_WIDTH, MARGIN = 2, 400, 24
 BAR_HEIGHT, BAR_STEP, TITLE_HEIGHT, PANEL_GAP = 16, 24, 30, 26
