@@ -14,11 +14,15 @@ tests/support/, a module an idea.
 """
 
 import contextlib
+import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.answers import Answers
 from tests.support.books import assert_audit
 from tests.support.commands import CommandServer
 from tests.support.exchange import Behaviour
@@ -131,6 +135,21 @@ def backup(proxy: RunningProxy, shared: Shared) -> FakeUpstream:
 
 
 @pytest.fixture
+def paused(proxy: RunningProxy, upstream: FakeUpstream) -> Iterator[Callable[..., Answers]]:
+    """Makes a behaviour that pauses, and lets it go on after the test whatever happens."""
+    made: list[Answers] = []
+
+    def make(**knobs: Any) -> Answers:
+        made.append(Answers(**knobs))
+        upstream.behaviour = made[-1]
+        return made[-1]
+
+    yield make
+    for answers in made:
+        answers.resume.set()
+
+
+@pytest.fixture
 def funded_key(proxy: RunningProxy) -> Callable[..., Account]:
     """Makes an account of the shared proxy: `funded_key(credits=100, tier="unlimited")`."""
 
@@ -138,3 +157,25 @@ def funded_key(proxy: RunningProxy) -> Callable[..., Account]:
         return proxy.add_account(credits, tier)
 
     return make
+
+
+@pytest.fixture
+def seed() -> str:
+    seed = os.environ.get("CHAOS_SEED") or str(random.SystemRandom().randrange(10**6))
+    print(f"CHAOS_SEED={seed}")
+    return seed
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Say a line: where everybody sees it in the long form, which runs only if asked for."""
+    if request.node.get_closest_marker("chaos") is None:
+        return print
+    if "chaos" not in request.config.getoption("markexpr"):
+        pytest.skip("the long form; run it with `pytest -m chaos`")
+
+    def say(line: str) -> None:
+        with capsys.disabled():
+            print(f"\n{line}", end="")
+
+    return say

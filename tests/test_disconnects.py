@@ -1,0 +1,201 @@
+"""A client that leaves, or does not read, pays for what it got, frees the upstream and hinders nobody."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.answers import Answers
+from tests.support.books import assert_audit, assert_books
+from tests.support.client import QUESTION_ESTIMATE
+from tests.support.exchange import Exchange
+from tests.support.misbehaviours import (
+    StallsBeforeFirstByte,
+    StallsBeforeHeaders,
+)
+from tests.support.process import Account, RunningProxy
+from tests.support.sse import sse
+from tests.support.upstream import FakeUpstream
+from tests.support.waiting import CLOSED_SECONDS, Signal, wait_until
+
+MakeKey = Callable[..., Account]
+
+
+def test_leaving_before_the_upstream_answers_costs_the_prompt(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    account = funded_key(credits=1000)
+    for behaviour in (StallsBeforeHeaders(), StallsBeforeFirstByte()):
+        upstream.behaviour = behaviour
+        for stream in (False, True):
+            with proxy.client(account.key).start_chat(stream=stream) as pending:
+                exchange = upstream.next_exchange()
+                pending.leave()
+                exchange.closed.wait(CLOSED_SECONDS)
+            proxy.wait_until_settled(account)
+    assert_books(proxy, account, credits=1000 - 4 * QUESTION_ESTIMATE)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 150])
+def test_leaving_in_the_middle_costs_the_prompt_and_what_came(
+    proxy: RunningProxy, paused: Any, upstream: FakeUpstream, funded_key: MakeKey, tokens: int
+) -> None:
+    account = funded_key(credits=1000)
+    answers = paused(tokens=500, word="a ", pause_after=tokens)
+    with proxy.client(account.key).stream_chat() as stream:
+        answers.reached.wait()
+        stream.read_until(b'"a "', times=tokens)
+        stream.leave()
+        upstream.posts[0].closed.wait(CLOSED_SECONDS)
+    proxy.wait_until_settled(account)
+    assert_books(proxy, account, credits=1000 - QUESTION_ESTIMATE - tokens)
+
+
+def test_leaving_while_nothing_has_come_but_the_opening_costs_the_prompt(
+    proxy: RunningProxy, paused: Any, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    account = funded_key(credits=1000)
+    answers = paused(pause_after=0)
+    with proxy.client(account.key).stream_chat() as stream:
+        answers.reached.wait()
+        stream.read_until(b"assistant")
+        stream.leave()
+        upstream.posts[0].closed.wait(CLOSED_SECONDS)
+    proxy.wait_until_settled(account)
+    assert_books(proxy, account, credits=1000 - QUESTION_ESTIMATE)
+
+
+def test_leaving_after_the_finish_reason_still_costs_the_exact_usage(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    account = funded_key(credits=1000)
+    resume = Signal()
+
+    async def usage_comes_late(exchange: Exchange) -> None:
+        answers = Answers(tokens=4, prompt_tokens=40)
+        await exchange.head()
+        await answers.send_tokens(exchange)
+        await exchange.send(answers.finish(exchange))
+        await resume.happened()
+        await exchange.send(answers.closing_usage(exchange) + sse(b"[DONE]"))
+        await exchange.end()
+
+    upstream.behaviour = usage_comes_late
+    with proxy.client(account.key).stream_chat() as stream:
+        stream.read_until(b'"finish_reason": "stop"')
+        stream.leave()
+        resume.set()
+    proxy.wait_until_settled(account)
+    assert_books(proxy, account, credits=1000 - 44)
+
+
+def test_leaving_after_the_finish_reason_does_not_keep_the_upstream_for_long(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    account = funded_key(credits=1000)
+
+    async def usage_never_comes(exchange: Exchange) -> None:
+        answers = Answers(tokens=4, word="a ")
+        await exchange.head()
+        await answers.send_tokens(exchange)
+        await exchange.send(answers.finish(exchange))
+        await exchange.stall()
+
+    upstream.behaviour = usage_never_comes
+    with proxy.client(account.key).stream_chat() as stream:
+        stream.read_until(b'"finish_reason": "stop"')
+        stream.leave()
+        upstream.posts[0].closed.wait(CLOSED_SECONDS + 1)
+    proxy.wait_until_settled(account)
+    assert_books(proxy, account, credits=1000 - QUESTION_ESTIMATE - 4)
+
+
+def test_leaving_with_the_last_event_costs_the_exact_usage(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    """In the moment of settling: whichever comes first, the price is the same."""
+    account = funded_key(credits=1000)
+    for _ in range(20):
+        with proxy.client(account.key).stream_chat() as stream:
+            stream.read_until(b"usage")
+            stream.leave()
+    proxy.wait_until_settled(account)
+    assert_books(proxy, account, credits=1000 - 20 * 8)
+
+
+def test_leaving_at_random_moments_leaves_no_hold_behind(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    account = funded_key(credits=100_000)
+    upstream.behaviour = Answers(tokens=40, word="a ", piece_bytes=64)
+    for events in range(20):
+        with proxy.client(account.key).stream_chat() as stream:
+            stream.read_until(b"data: ", times=events + 1)
+            stream.leave()
+    for _ in range(20):
+        with proxy.client(account.key).start_chat(stream=True) as pending:
+            pending.leave()
+    shown = proxy.wait_until_settled(account)
+    assert 0 < account.credits - shown["credits"] <= 40 * (QUESTION_ESTIMATE + 40)
+    wait_until(lambda: all(exchange.finished.is_set() for exchange in upstream.posts), "the upstream is quiet")
+    assert_audit(proxy)
+
+
+def test_a_client_that_does_not_read_slows_the_upstream_and_hinders_nobody(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    account = funded_key(credits=1e9)
+    upstream.behaviour = Answers(tokens=2000, word="x" * 100_000)  # 200 MB
+    with proxy.client(account.key).stream_chat(max_tokens=100_000_000) as stream:
+        sent = upstream.next_exchange().sent
+        sizes: list[int] = []
+        wait_until(lambda: sizes.append(len(sent)) or sizes[-25:].count(len(sent)) == 25, "the upstream waits", 60)
+        assert len(sent) < 50_000_000
+        assert proxy.client(account.key).chat(model="echo").status == 200
+        stream.leave()
+        upstream.posts[0].closed.wait(CLOSED_SECONDS)
+    charged = account.credits - proxy.wait_until_settled(account)["credits"]
+    assert 0 < charged <= len(sent) / 4 + 100
+    assert_audit(proxy)
+
+
+def test_what_waits_behind_a_client_that_does_not_read_is_not_charged_when_it_leaves(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    """Tokens that the hold does not cover, in one read with the end of an event that is too much for the client."""
+    account, other = funded_key(credits=3000), funded_key(credits=3000)
+
+    async def sends_more_than_is_read(exchange: Exchange) -> None:
+        wall = sse({"padding": "p" * 14_000_000, "choices": [{"index": 0, "delta": {}, "finish_reason": None}]})
+        await exchange.head()
+        await exchange.send(sse({"choices": [{"index": 0, "delta": {"content": "word"}, "finish_reason": None}]}))
+        await exchange.send(wall[:-100])
+        await exchange.send(wall[-100:] + sse({"choices": [{"index": 0, "delta": {"content": "word" * 500}}]}))
+        await exchange.stall()
+
+    upstream.behaviour = sends_more_than_is_read
+    with proxy.client(account.key).stream_chat() as stream:
+        stream.read_until(b"word")
+        sent = upstream.next_exchange().sent
+        wait_until(lambda: sent.endswith(b"\n\n") and len(sent) > 14_000_000, "everything is sent")
+        for _ in range(5):  # by then the proxy has seen it
+            assert proxy.client(other.key).chat(model="echo").status == 200
+        stream.leave()
+    proxy.wait_until_settled(account)
+    assert_books(proxy, account, credits=3000 - QUESTION_ESTIMATE - 1)
+
+
+def test_a_body_that_never_ends_holds_nothing_and_hinders_nobody(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
+) -> None:
+    account = funded_key(credits=100)
+    with contextlib.ExitStack() as stack:
+        for _ in range(50):
+            headers = {"content-length": "100000"}
+            pending = proxy.client(account.key).send("POST", "/v1/chat/completions", b'{"model": "plain", ', headers)
+            stack.enter_context(pending)
+        assert_books(proxy, account, credits=100, held=0)
+        assert proxy.client(account.key).chat().status == 200
+    assert len(upstream.posts) == 1
+    assert_books(proxy, account, credits=92)
