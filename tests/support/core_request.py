@@ -1,0 +1,60 @@
+"""The one place where the tests know how the core reads a request, prices it and writes the one it forwards."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import proxy
+from tests.support.core_meter import CHAT, COMPLETIONS, EMBEDDINGS
+
+Refusal = proxy.Refusal
+PATHS = list(proxy.ENDPOINTS)
+PROMPT = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}  # the member that holds the prompt
+MAXIMA = ("max_tokens", "max_completion_tokens")
+MODEL = proxy.Model("shown", "one", 1000, "chat", ("up",), "real", None, None, 0, None)
+
+
+def parse(path: str, raw: bytes) -> Any:
+    """A request as the core has read it: `model`, `stream`, `choices`, `max_tokens`, `prompt_estimate` and more."""
+    return proxy.parse_request(proxy.ENDPOINTS[path], raw)
+
+
+def forward(request: Any, lowered_to: int | None = None, usage_in_stream: str = "ask") -> bytes:
+    """The body for an upstream; `lowered_to` is a maximum that credits lowered."""
+    upstream = proxy.Upstream(name="up", base_url="http://127.0.0.1:1/v1", usage_in_stream=usage_in_stream)
+    return bytes(proxy.forward_body(request, MODEL, upstream, lowered_to))
+
+
+def within_window(window: int | None, estimate: int, prompts: int) -> int:
+    """The estimate of so many prompts, for a model with this context window."""
+    return int(replace(MODEL, context_window=window).prompt_tokens(estimate, prompts))
+
+
+def longest_answer(window: int | None, most: int | None, prompt_tokens: int) -> int:
+    """The bound of an answer whose request names none."""
+    return int(replace(MODEL, context_window=window, max_output_tokens=most).output_tokens(prompt_tokens))
+
+
+# --------------------------------------------------------------------------------------------------
+# Requests
+
+
+def chat(*messages: dict[str, Any], **members: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **members}
+
+
+def said(content: Any, **members: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **members}
+
+
+def ask(path: str = CHAT, **members: Any) -> Any:
+    """A short request with these members, as the core has read it."""
+    body = {CHAT: chat(said("hi")), COMPLETIONS: {"prompt": "hi"}, EMBEDDINGS: {"input": "hi"}}[path]
+    return parse(path, json.dumps({"model": "m", **body, **members}).encode())
+
+
+def forwarded(request: Any, lowered_to: int | None = None, usage_in_stream: str = "ask") -> dict[str, Any]:
+    """What an upstream reads."""
+    sent = json.loads(forward(request, lowered_to, usage_in_stream))
+    assert isinstance(sent, dict)
+    return sent
