@@ -131,7 +131,7 @@ def test_a_drain_takes_no_more_requests_on_old_connections(running_proxy: MakePr
 
 
 def test_what_does_not_finish_within_the_drain_is_told_and_charged(running_proxy: MakeProxy) -> None:
-    proxy = running_proxy(options={"drain_seconds": 1}, behaviour=Answers(tokens=9, pause_after=4))
+    proxy = running_proxy(options={"drain_seconds": 0.5}, behaviour=Answers(tokens=9, pause_after=4))
     account = proxy.add_account(1000)
     with streams(proxy, [account] * 3, 4) as open_streams:
         proxy.signal(signal.SIGTERM)
@@ -142,7 +142,7 @@ def test_what_does_not_finish_within_the_drain_is_told_and_charged(running_proxy
 
 
 def test_a_request_that_waits_when_the_drain_ends_gets_a_status(running_proxy: MakeProxy) -> None:
-    proxy = running_proxy(options={"drain_seconds": 1}, behaviour=StallsBeforeHeaders())
+    proxy = running_proxy(options={"drain_seconds": 0.5}, behaviour=StallsBeforeHeaders())
     account = proxy.add_account(20_000)
     with proxy.client(account.key).start_chat() as pending:
         exchange = proxy.upstream.next_exchange()
