@@ -20,7 +20,6 @@ from tests.support.core_ledger import (
     DAY,
     NOW,
     TIERS,
-    Bill,
     Settled,
     admission_of,
     configuration,
@@ -30,6 +29,7 @@ from tests.support.core_ledger import (
     run_batch,
     with_database,
 )
+from tests.support.core_meter import Bill
 
 
 @functools.cache

@@ -136,7 +136,7 @@ def suspend_or_resume(db: sqlite3.Connection, config: Any, name: str, active: bo
 
 def audit(db: sqlite3.Connection, config: Any) -> Audit:
     report = proxy.audit(db, config, options())
-    return Audit(report.ok, report.value, report.lines)
+    return Audit(report.ok, report.value, list(report.lines))
 
 
 def id_at(now: int) -> int:

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import proxy
 from tests.support.core_meter import CHAT, COMPLETIONS, EMBEDDINGS
@@ -19,7 +19,7 @@ def parse(path: str, raw: bytes) -> Any:
     return proxy.parse_request(proxy.ENDPOINTS[path], raw)
 
 
-def forward(request: Any, lowered_to: int | None = None, usage_in_stream: str = "ask") -> bytes:
+def forward(request: Any, lowered_to: int | None = None, usage_in_stream: Literal["ask", "never"] = "ask") -> bytes:
     """The body for an upstream; `lowered_to` is a maximum that credits lowered."""
     upstream = proxy.Upstream(name="up", base_url="http://127.0.0.1:1/v1", usage_in_stream=usage_in_stream)
     return bytes(proxy.forward_body(request, MODEL, upstream, lowered_to))
@@ -53,7 +53,9 @@ def ask(path: str = CHAT, **members: Any) -> Any:
     return parse(path, json.dumps({"model": "m", **body, **members}).encode())
 
 
-def forwarded(request: Any, lowered_to: int | None = None, usage_in_stream: str = "ask") -> dict[str, Any]:
+def forwarded(
+    request: Any, lowered_to: int | None = None, usage_in_stream: Literal["ask", "never"] = "ask"
+) -> dict[str, Any]:
     """What an upstream reads."""
     sent = json.loads(forward(request, lowered_to, usage_in_stream))
     assert isinstance(sent, dict)
