@@ -145,18 +145,23 @@ def running_count(chunks: list[dict[str, Any]]) -> int:
     return max(len(texts), math.ceil(len("".join(texts).encode()) / 4))
 
 
+def count_certain(chunks: list[dict[str, Any]]) -> int:
+    """What an answer must have used, however long its tokens are."""
+    texts = [text for text in map(texts_of, chunks) if text]
+    return max(len(texts), len("".join(texts).encode()) // 8)
+
+
 def tokens_owed(capture: Capture) -> int:
     """What the capture's own usage says; the documented estimate where it says nothing."""
     if capture.status != 200 or capture.is_empty:
         return 0
     reports = [chunk for chunk in capture.chunks if chunk.get("usage")]
-    closing = [chunk["usage"] for chunk in reports if chunk.get("choices") == []]
-    if closing and capture.request.get("n", 1) > 1:
-        completion = sum(usage["completion_tokens"] for usage in closing)
-        return max(usage["prompt_tokens"] for usage in closing) + completion
     if reports:
         usage = reports[-1]["usage"]
-        return int(usage["prompt_tokens"] + usage.get("completion_tokens", 0))
+        completion = usage.get("completion_tokens", 0)
+        if capture.request.get("n", 1) > 1:  # it may be one choice's
+            completion = max(completion, count_certain(capture.chunks))
+        return int(usage["prompt_tokens"] + completion)
     return estimate(capture.request) + running_count(capture.chunks)
 
 

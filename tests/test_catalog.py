@@ -65,10 +65,11 @@ def test_the_shipped_models_go_where_the_table_says(shipped: RunningProxy) -> No
             assert any("cloud" in name for name in names) == (row["where"] == "cloud"), row["id"]
 
 
-def test_a_model_of_an_absent_ollama_answers_503_and_names_the_address(shipped: RunningProxy) -> None:
+def test_a_model_of_an_absent_ollama_answers_503_and_names_it_without_its_address(shipped: RunningProxy) -> None:
     account = shipped.add_account(10)
     answer = shipped.client(account.key).chat(model="llama3.2:3b")
-    assert "11434" in assert_error(answer, 503, "upstream_unavailable", "upstream_error")["message"]
+    assert '"ollama"' in assert_error(answer, 503, "upstream_unavailable", "upstream_error")["message"]
+    assert b"11434" not in answer.body and b"127.0.0.1" not in answer.body
     assert_books(shipped, account, credits=account.credits)
 
 

@@ -1,9 +1,8 @@
-"""kill -9 amid many streams, again and again: it loses no more than a slice of each, and the books add up."""
+"""kill -9 amid streams of three kinds, again and again: it loses no more than a slice of each, and the books add up."""
 
 import asyncio
 import contextlib
 import random
-import sqlite3
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,12 +10,12 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.support.api_chaos import DIALECTS, dialect_of
 from tests.support.books import assert_audit
-from tests.support.client import chat_request
 from tests.support.crowd import Wire, ask
 from tests.support.exchange import Exchange
+from tests.support.ledger import request_name
 from tests.support.process import Account, RunningProxy
-from tests.support.sse import sse
 from tests.support.storm import SLICE
 
 MakeProxy = Callable[..., RunningProxy]
@@ -25,19 +24,20 @@ MakeProxy = Callable[..., RunningProxy]
 class Babbles:
     """Streams for ever, at a pace of its own, and keeps count."""
 
-    event = sse({"choices": [{"index": 0, "delta": {"content": "word"}, "finish_reason": None}]})
+    event_bytes = 100  # about
 
     def __init__(self, seed: str) -> None:
         self.draw = random.Random(seed)
         self.sent: dict[str, int] = defaultdict(int)
 
     async def __call__(self, exchange: Exchange) -> None:
-        name = exchange.json["messages"][0]["content"]
+        dialect = dialect_of(exchange.path)
+        name, event = dialect.content(exchange.json), dialect.encode(dialect.word("word", None))
         await exchange.head()
         while True:
             burst = self.draw.choice((1, 1, 2, 5, SLICE + 3))
             self.sent[name] += burst
-            await exchange.send(self.event * burst)
+            await exchange.send(event * burst)
             await asyncio.sleep(self.draw.choice((0, 0.005, 0.02)))
 
 
@@ -62,8 +62,9 @@ class Audience:
         await asyncio.gather(*map(self.listen, self.listeners))
 
     async def listen(self, listener: Listener) -> None:
-        request = chat_request(listener.name, stream=True, max_tokens=1_000_000)
-        await ask(self.proxy.port, self.account.key, request, listener, self.heard)
+        dialect = DIALECTS[self.listeners.index(listener) % len(DIALECTS)]
+        request = dialect.request(listener.name, "plain", **{"stream": True, dialect.bound: 1_000_000})
+        await ask(self.proxy.port, self.account.key, dialect.path, request, listener, self.heard)
 
     async def heard(self) -> bool:
         if sum(len(each.raw) for each in self.listeners) >= self.enough:
@@ -106,9 +107,8 @@ class Office:
 
 def charged_after_crash(proxy: RunningProxy, listeners: list[Listener], sent: dict[str, int]) -> list[int]:
     """How many tokens each listener received beyond what it was charged for."""
-    with contextlib.closing(sqlite3.connect(proxy.database)) as db:
-        sql = "SELECT printf('req_%016x', id), completion_tokens FROM request WHERE outcome = 'interrupted'"
-        rows = dict(db.execute(sql).fetchall())
+    sql = "SELECT id, completion_tokens FROM request WHERE outcome = 'interrupted'"
+    rows = {request_name(number): tokens for number, tokens in proxy.ledger.query(sql)}
     heard = [listener for listener in listeners if listener.request_id]
     assert all(rows[listener.request_id] <= sent[listener.name] for listener in heard)
     return [listener.words - rows[listener.request_id] for listener in heard]
@@ -125,7 +125,7 @@ def test_kill_9_in_the_middle_of_streams_loses_no_more_than_a_slice_of_each(
     beyond: list[int] = []
     for number in range(rounds):
         listeners = [Listener(name=f"{number}/{stream}") for stream in range(streams)]
-        enough = babbles.draw.randrange(streams, streams * 5 * SLICE) * len(babbles.event)
+        enough = babbles.draw.randrange(streams, streams * 5 * SLICE) * babbles.event_bytes
         with office.open(refs=f"round-{number}"):
             asyncio.run(Audience(proxy, account, listeners, enough).listen_and_kill())
             proxy.wait()

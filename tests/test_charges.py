@@ -168,7 +168,8 @@ def test_several_choices_are_paid_once_wherever_usage_stands(
 @pytest.mark.parametrize(
     ("usages", "charged"),
     [
-        ([{"prompt_tokens": 0, "completion_tokens": 0}], 0),  # an explicit zero is a zero
+        ([{"prompt_tokens": 0, "completion_tokens": 0}], QUESTION_ESTIMATE + 1),  # a word came: not believed
+        ([{"prompt_tokens": 7, "completion_tokens": 0}], 7 + 1),
         ([{"prompt_tokens": 7, "completion_tokens": 1}, None], 8),  # the last that is not null
         ([{"prompt_tokens": 7, "completion_tokens": 1}, {"prompt_tokens": 7, "completion_tokens": 2}], 9),
         ([None], QUESTION_ESTIMATE + 1),

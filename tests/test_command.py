@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.answers import Answers
 from tests.support.books import assert_audit, assert_books, milli
 from tests.support.client import QUESTION
-from tests.support.commands import clean_environment, run_program
+from tests.support.commands import CommandServer, clean_environment, run_program
+from tests.support.exchange import Exchange
 from tests.support.files import MODELS, OPTIONS, write_files
 from tests.support.process import RunningProxy
 from tests.support.upstream import FakeUpstream
@@ -178,6 +180,7 @@ COMMANDS = [
     ["usage", "owner", "--days", "7"],
     ["check"],
     ["audit"],
+    ["audit", "--overruns"],
     ["account", "tier", "owner", "two-keys"],
     ["account", "add", "bob"],
 ]
@@ -221,6 +224,15 @@ def test_usage_shows_tokens_and_credits_by_day_and_model(proxy: RunningProxy, fu
         (["account", "add"], 2),
         (["dance"], 2),
         (["usage", "nobody"], 1),
+        (["usage", "--days", "1000000"], 2),
+        (["credit", "add", "owner", "1e999999999"], 2),
+        (["credit", "add", "owner", "-1e5"], 1),
+        (["credit", "add", "owner", "0"], 1),
+        (["account", "show", "a\0b"], 2),
+        (["account", "show", "\udcff"], 2),
+        (["account", "add", "two words"], 1),
+        (["account", "add", "eve", "--free", "-1"], 1),
+        (["key", "revoke", "9" * 30], 2),
     ],
 )
 def test_a_mistake_is_explained_on_stderr(arguments: list[str], code: int | None, mistakes_proxy: RunningProxy) -> None:
@@ -254,6 +266,55 @@ def test_a_tier_gives_no_more_keys_than_it_has(proxy: RunningProxy, funded_key: 
 def test_unknown_names_come_with_the_nearest_one(mistakes_proxy: RunningProxy) -> None:
     assert "owner" in mistakes_proxy.run("account", "show", "ownr").stderr
     assert "two-keys" in mistakes_proxy.run("account", "tier", "owner", "two-key").stderr
+
+
+def test_a_key_may_have_a_limit_a_last_day_and_models(proxy: RunningProxy, funded_key: Callable[..., Any]) -> None:
+    account = funded_key(credits=100)
+    words = ("--label", "intern", "--credit-limit", "20.5", "--expires", "2999-12-31", "--models", "plain, mid")
+    made = proxy.command("key", "add", account.name, *words)
+    key = proxy.command("key", "list", account.name)[-1]
+    expected = {"credit_limit": 20.5, "spent": 0, "expires_at": "3000-01-01T00:00:00Z", "models": ["plain", "mid"]}
+    assert key.items() >= {**expected, "key_id": made["key_id"], "label": "intern", "revoked_at": None}.items()
+    assert proxy.client(made["key"]).chat(model="plain").status == 200
+    assert proxy.client(made["key"]).chat(model="echo").status == 403
+    assert proxy.command("key", "list", account.name)[-1]["spent"] == 8
+    assert_books(proxy, account, credits=92)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--expires", "2020-01-01"), ("--expires", "tomorrow"), ("--models", "plian"), ("--models", " , "),
+     ("--credit-limit", "-1"), ("--credit-limit", "1e999999999"), ("--label", "a\0b"), ("--label", "x" * 1000)],
+)  # fmt: skip
+def test_a_key_with_wrong_limits_is_not_made(mistakes_proxy: RunningProxy, words: tuple[str, str]) -> None:
+    before = mistakes_proxy.command("key", "list", "owner")
+    done = mistakes_proxy.run("key", "add", "owner", *words)
+    assert done.returncode in (1, 2) and done.stdout == ""
+    assert "Traceback" not in done.stderr and done.stderr.strip()
+    assert mistakes_proxy.command("key", "list", "owner") == before
+
+
+def test_config_may_stand_before_or_after_a_command(config: Path, commands: CommandServer) -> None:
+    where = ("--config", str(config))
+    for words in (
+        (*where, "account", "add", "ada"),
+        ("account", *where, "show", "ada"),
+        ("account", "show", "ada", *where),
+        ("account", "show", *where, "ada", "--json"),
+    ):
+        done = commands.run(*words)
+        assert done.returncode == 0 and "ada" in done.stdout, (words, done)
+
+
+def test_names_of_accounts_differ_in_more_than_case(mistakes_proxy: RunningProxy) -> None:
+    done = mistakes_proxy.run("account", "add", "OWNER")
+    assert done.returncode == 1 and '"owner"' in done.stderr
+
+
+def test_a_command_of_the_console_says_what_it_needs(mistakes_proxy: RunningProxy) -> None:
+    """Off or absent, the console leaves one sentence, and nothing behind."""
+    done = mistakes_proxy.run("account", "link", "owner")
+    assert done.returncode == 1 and "console" in done.stderr and "Traceback" not in done.stderr
 
 
 # -- the process
@@ -310,8 +371,49 @@ def test_check_names_an_upstream_that_does_not_answer(
     done = healthy.run("check")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "main" in done.stdout and "NOT_SET_ANYWHERE" in done.stdout
-    broken = running_proxy(upstreams={"absent": {"base_url": "http://127.0.0.1:1/v1"}}).run("check")
-    assert broken.returncode == 1 and "absent" in broken.stdout + broken.stderr
+    absent = {"base_url": "http://127.0.0.1:1/v1", "api_key": "a key says that it ought to be there"}
+    broken = running_proxy(upstreams={"absent": absent}).run("check")
+    assert broken.returncode == 1 and re.search(r"FAIL upstream absent: .*not reachable", broken.stdout)
+
+
+def test_check_lists_a_server_of_this_machine_that_does_not_run_as_off(
+    running_proxy: Callable[..., RunningProxy],
+) -> None:
+    absent = {"absent": {"base_url": "http://127.0.0.1:1/v1"}}
+    proxy = running_proxy(upstreams=absent, models={"far": {"tier": "one", "upstream": "absent"}})
+    done = proxy.run("check")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"upstream absent: off", done.stdout) and re.search(
+        r"models that are off.*: .*\bfar\b", done.stdout
+    )
+
+
+class CountsOneChoice(Answers):
+    def usage_of(self, request: dict[str, Any], choices: int | None = None) -> dict[str, Any]:
+        return super().usage_of(request, 1)
+
+
+class RejectsStreamOptions(Answers):
+    async def __call__(self, exchange: Exchange) -> None:
+        if "stream_options" in exchange.json:
+            await exchange.answer({"error": {"message": "stream_options: unknown field"}}, 422)
+        else:
+            await super().__call__(exchange)
+
+
+def test_check_learns_how_an_upstream_counts(
+    running_proxy: Callable[..., RunningProxy], fake_upstream: Callable[..., FakeUpstream]
+) -> None:
+    servers = {"one": fake_upstream(CountsOneChoice()), "old": fake_upstream(RejectsStreamOptions())}
+    proxy = running_proxy(
+        upstreams={name: {"base_url": server.url} for name, server in servers.items()},
+        models={f"of-{name}": {"tier": "one", "upstream": name} for name in servers},
+    )
+    done = proxy.run("check")
+    assert done.returncode == 1, done.stdout
+    assert re.search(r"ok +upstream one: .*usage_of: choice", done.stdout), done.stdout
+    assert re.search(r"FAIL +upstream old: .*usage_in_stream: never", done.stdout), done.stdout
+    assert not re.search(r"upstream main: .*(usage_of|usage_in_stream)", done.stdout), "one that counts as it should"
 
 
 def test_audit_fails_on_books_that_somebody_cooked(config: Path) -> None:

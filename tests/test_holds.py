@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.answers import Answers
 from tests.support.books import assert_audit, assert_books
-from tests.support.client import QUESTION_ESTIMATE, chat_request
+from tests.support.client import QUESTION, QUESTION_ESTIMATE
 from tests.support.errors import assert_error, error_frame
 from tests.support.process import Account, RunningProxy
 from tests.support.sse import event_data, split_events
@@ -19,20 +19,22 @@ from tests.support.waiting import CLOSED_SECONDS
 
 MakeKey = Callable[..., Account]
 MakeProxy = Callable[..., RunningProxy]
+CHAT_HELD = 2 * QUESTION_ESTIMATE + 64  # for the prompt of a chat, and what its template may add to it
+TEXT_ESTIMATE = 4  # of the question as a text: 15 bytes
 
 
 @pytest.mark.parametrize(
     ("members", "held"),
     [
-        ({"max_tokens": 30}, 2 * QUESTION_ESTIMATE + 30),
-        ({"max_completion_tokens": 30}, 2 * QUESTION_ESTIMATE + 30),
-        ({"max_tokens": 30, "n": 2}, 2 * QUESTION_ESTIMATE + 60),
-        ({"max_tokens": 70_000, "stream": True}, 2 * QUESTION_ESTIMATE + 100),  # one slice
-        ({"max_tokens": 30, "stream": True}, 2 * QUESTION_ESTIMATE + 30),
-        ({"max_tokens": 30, "model": "mid"}, 1.5 * (2 * QUESTION_ESTIMATE + 30)),
-        ({"model": "capped"}, 2 * QUESTION_ESTIMATE + 100),
-        ({"model": "windowed"}, 2 * QUESTION_ESTIMATE + 4096 - QUESTION_ESTIMATE),
-        ({}, 2 * QUESTION_ESTIMATE + 8192),
+        ({"max_tokens": 30}, CHAT_HELD + 30),
+        ({"max_completion_tokens": 30}, CHAT_HELD + 30),
+        ({"max_tokens": 30, "n": 2}, CHAT_HELD + 60),
+        ({"max_tokens": 70_000, "stream": True}, CHAT_HELD + 100),  # one slice
+        ({"max_tokens": 30, "stream": True}, CHAT_HELD + 30),
+        ({"max_tokens": 30, "model": "mid"}, 1.5 * (CHAT_HELD + 30)),
+        ({"model": "capped"}, CHAT_HELD + 100),
+        ({"model": "windowed"}, CHAT_HELD + 4096 - QUESTION_ESTIMATE),
+        ({}, CHAT_HELD + 8192),
     ],
 )
 def test_a_request_under_way_holds_what_it_may_cost(
@@ -50,6 +52,39 @@ def test_a_request_under_way_holds_what_it_may_cost(
     assert_audit(proxy)
 
 
+@pytest.mark.parametrize("members", [{"max_tokens": 30}, {"max_tokens": 70_000, "stream": True}])
+def test_a_text_has_no_template_to_hold_for(
+    proxy: RunningProxy, paused: Any, funded_key: MakeKey, members: dict[str, Any]
+) -> None:
+    account = funded_key(credits=5000)
+    answers = paused(pause_after=0)
+    body = {"model": "plain", "prompt": QUESTION, **members}
+    with proxy.client(account.key).send("POST", "/v1/completions", body) as pending:
+        answers.reached.wait()
+        assert_books(proxy, account, credits=5000, held=2 * TEXT_ESTIMATE + min(members["max_tokens"], 100))
+        answers.resume.set()
+        assert pending.answered().finish().status == 200
+    assert_audit(proxy)
+
+
+@pytest.mark.parametrize("left", [0, 1, 63])
+def test_what_the_template_may_add_is_held_as_far_as_the_credits_reach(
+    proxy: RunningProxy, upstream: FakeUpstream, paused: Any, funded_key: MakeKey, left: int
+) -> None:
+    """It lowers no maximum, and refuses nobody."""
+    credits_ = 2 * QUESTION_ESTIMATE + 30 + left
+    account = funded_key(credits=credits_)
+    answers = paused(pause_after=0)
+    with proxy.client(account.key).start_chat(max_tokens=30) as pending:
+        answers.reached.wait()
+        assert_books(proxy, account, credits=credits_, held=credits_)
+        assert upstream.posts[0].json["max_tokens"] == 30
+        answers.resume.set()
+        answer = pending.answered().finish()
+        assert answer.status == 200 and answer.headers["x-max-tokens-limited"] is None
+    assert_audit(proxy)
+
+
 def test_the_next_slice_is_held_as_the_first_is_used(
     proxy: RunningProxy, upstream: FakeUpstream, paused: Any, funded_key: MakeKey
 ) -> None:
@@ -59,7 +94,7 @@ def test_the_next_slice_is_held_as_the_first_is_used(
         answers.reached.wait()
         stream.read_until(b'"a "', times=210)
         held = proxy.account(account.name)["held"]
-        assert 2 * QUESTION_ESTIMATE + 210 < held <= 2 * QUESTION_ESTIMATE + 400, "slices of 100, not everything"
+        assert CHAT_HELD + 210 <= held <= CHAT_HELD + 400, "slices of 100, not everything"
         assert proxy.client(account.key).chat(max_tokens=1, model="half").status == 200  # beside it
         answers.resume.set()
         assert stream.finish().clean
@@ -109,19 +144,19 @@ def test_a_stream_ends_when_others_hold_the_rest(
 ) -> None:
     account = funded_key(credits=400)
     answers = paused(tokens=1000, word="a ", pause_after=10)
-    with proxy.client(account.key).stream_chat(max_tokens=1000) as stream:  # holds 116
+    with proxy.client(account.key).stream_chat(max_tokens=1000) as stream:  # holds 180
         answers.reached.wait()
         other = Answers(pause_after=0)
         upstream.behaviour = other
-        with proxy.client(account.key).start_chat(max_tokens=200) as pending:  # holds 216; 68 are left
+        with proxy.client(account.key).start_chat(max_tokens=200) as pending:  # holds 220, all that is left
             other.reached.wait()
             answers.resume.set()
             answer = stream.finish()
             assert error_frame(answer)["code"] == "insufficient_credits"
-            assert answer.words == 100 + 68
+            assert answer.words == 100 + 64, "its slice, and what its template did not need"
             other.resume.set()
             assert pending.answered().finish().status == 200
-    assert_books(proxy, account, credits=400 - QUESTION_ESTIMATE - 168 - 8)
+    assert_books(proxy, account, credits=400 - QUESTION_ESTIMATE - 164 - 8)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -235,9 +270,10 @@ def test_what_an_estimate_missed_is_charged_and_audit_names_it(running_proxy: Ma
 
 async def one_of_many(session: aiohttp.ClientSession, proxy: RunningProxy, stream: bool) -> tuple[int, Any]:
     """Ask once; the status, and the error code or the tokens that were answered."""
-    body = chat_request(stream=stream, max_tokens=10, stream_options={"include_usage": True} if stream else None)
-    body = {name: value for name, value in body.items() if value is not None}
-    async with session.post(f"{proxy.base_url}/v1/chat/completions", json=body) as answer:
+    body = {"model": "plain", "prompt": QUESTION, "stream": stream, "max_tokens": 10}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    async with session.post(f"{proxy.base_url}/v1/completions", json=body) as answer:
         text = await answer.read()
         if answer.status != 200:
             return answer.status, json.loads(text)["error"]["code"]
@@ -248,8 +284,8 @@ async def one_of_many(session: aiohttp.ClientSession, proxy: RunningProxy, strea
 async def test_300_requests_at_once_cannot_spend_the_credits_of_20(
     proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
 ) -> None:
-    account = funded_key(credits=20 * (2 * QUESTION_ESTIMATE + 10))
-    answers = Answers(tokens=10, prompt_tokens=QUESTION_ESTIMATE, pause_after=0)
+    account = funded_key(credits=20 * (2 * TEXT_ESTIMATE + 10))
+    answers = Answers(tokens=10, prompt_tokens=TEXT_ESTIMATE, pause_after=0)
     upstream.behaviour = answers
     headers = {"authorization": f"Bearer {account.key}"}
     async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -275,8 +311,8 @@ async def refusals(asked: list[Any], number: int) -> None:
 async def test_many_requests_on_a_draining_balance_never_overdraw_it(
     proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
 ) -> None:
-    account = funded_key(credits=20 * (2 * QUESTION_ESTIMATE + 10))
-    upstream.behaviour = Answers(tokens=10, prompt_tokens=QUESTION_ESTIMATE)
+    account = funded_key(credits=20 * (2 * TEXT_ESTIMATE + 10))
+    upstream.behaviour = Answers(tokens=10, prompt_tokens=TEXT_ESTIMATE)
     headers = {"authorization": f"Bearer {account.key}"}
     async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
         results = await asyncio.gather(*(one_of_many(session, proxy, bool(n % 2)) for n in range(300)))

@@ -4,8 +4,6 @@ import re
 import tomllib
 from typing import Any
 
-import pytest
-
 from tests.support.commands import PROXY, REPOSITORY
 
 
@@ -22,7 +20,6 @@ def inline_metadata() -> dict[str, Any]:
     return tomllib.loads("".join(line[2:] for line in block["content"].splitlines(keepends=True)))
 
 
-@pytest.mark.xfail(strict=True, reason="proxy.py gets its block in the redesign; this mark goes with it")
 def test_what_uv_installs_for_proxy_py_alone_is_what_the_project_needs() -> None:
     """With the block `uv run proxy.py` installs this, and not the tests' packages, which `uv run pytest` brings."""
     script = inline_metadata()

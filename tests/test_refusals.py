@@ -73,7 +73,7 @@ def test_what_is_no_json_object_is_refused(untouched: Any, body: bytes) -> None:
 def test_a_body_of_a_million_lists_is_refused(untouched: Any) -> None:
     body = json.dumps(chat_request()).encode()[:-1] + b', "x": [' + b"[]," * 10**6 + b"[]]}"
     error = assert_error(untouched.post(CHAT, body), 400, "invalid_json", "invalid_request_error")
-    assert "500000 objects and lists" in error["message"]
+    assert "more than 500000 members and elements" in error["message"]
 
 
 # -- Members that are missing, of a wrong type, or out of range

@@ -541,7 +541,8 @@ def test_an_unreachable_upstream_is_named(proxy: RunningProxy, funded_key: MakeK
     for stream in (False, True):
         answer = proxy.client(account.key).chat(model="absent", stream=stream)
         error = assert_error(answer, 503, "upstream_unavailable", "upstream_error")
-        assert "127.0.0.1:" in error["message"], "says which address did not answer"
+        assert '"absent"' in error["message"], "says which upstream did not answer"
+        assert "127.0.0.1" not in json.dumps(error), "and not where it is"
     assert_books(proxy, account, credits=100)
 
 

@@ -1,8 +1,14 @@
 """What does the proxy cost? One command measures it next to gateways that do less, and prints a table.
 
-    python -m tests.bench                 under five minutes; longer with LiteLLM, which takes its time
-    python -m tests.bench --quick         under one minute; without the long streams and the full database
+    python -m tests.bench             under five minutes; longer with LiteLLM, which takes its time
+    python -m tests.bench --clients   under three minutes: 1 to 256 clients at once, and are the goals reached?
+    python -m tests.bench --quick     under one minute; without the long streams and the full database
     python -m tests.bench --svg costs.svg --json costs.json
+
+`--proxy OLD/proxy.py --proxy NEW/proxy.py` compares two versions in one run. `--console` and `--database URL` put the
+proxy with a console, or on another database, beside the plain one. All go with both tables; the goals of `--clients`
+are for plain proxies only, and the first table tells what visitors at the console do to the relay. A database server's
+own CPU is in no number.
 
 It needs Linux, the proxy's own requirements, and nothing else. With a C compiler its upstream and its load generator
 are C; nginx and LiteLLM take part if they are installed. All run on this machine, one process each, over loopback.
@@ -20,146 +26,62 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tests.bench import measure, report
+from tests.bench import clients, costs, lines, measure, pages, report
 from tests.bench.chart import chart
-from tests.bench.contestants import STARTERS, Contestant, installed, verdict_of_audit
+from tests.bench.contestants import OTHERS, Contestant, Starter, installed, say
+from tests.bench.costs import Bench
 from tests.bench.measure import Tools
-from tests.bench.report import Cell, Report
-from tests.bench.tables import flatness
+from tests.bench.proxies import THIS, Proxy, proxies
+from tests.bench.report import Report
 
 SECONDS_MAX = 900  # whatever happens
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How much is measured."""
+@dataclasses.dataclass
+class Found:
+    """What a run has found, complete or not."""
 
-    rounds: int
-    window_seconds: float
-    latency_seconds: float
-    blockage_seconds: int
-    endurance_seconds: int  # 0: not measured
-    accounts: int  # of the full database, ten requests each; 0: not measured
-    table_rounds: int
+    costs: Report = dataclasses.field(default_factory=dict)
+    by_clients: clients.Rounds | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
+    def text(self) -> str:
+        """The tables."""
+        return clients.tables(self.by_clients) if self.by_clients else report.table(self.costs)
 
-FULL = Plan(5, 1.25, 2.0, 3, 24, 100_000, 4)
-QUICK = Plan(2, 0.75, 1.2, 1, 0, 0, 0)
+    def svg(self) -> str:
+        """The chart."""
+        return lines.chart(self.by_clients, self.notes[0]) if self.by_clients else chart(self.costs, self.notes[0])
 
-
-def say(words: str) -> None:
-    """Report progress on stderr; stdout is for the table."""
-    print(words, file=sys.stderr, flush=True)
+    def json(self) -> str:
+        """All numbers, with the goals."""
+        numbers = clients.as_json(self.by_clients) if self.by_clients else report.as_json(self.costs)
+        return json.dumps({"notes": self.notes, **numbers}, indent=1) + "\n"
 
 
 def machine(tools: Tools) -> str:
     """The machine and the programs, in a line."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    about = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in about if "model name" in line), platform.machine())
     return (
         f"{os.cpu_count()} cores, {cpu}; Linux {platform.release().split('-')[0]}, Python {platform.python_version()}; "
         f"load generator and upstream: {tools.language}; {time.strftime('%Y-%m-%d')}"
     )
 
 
-class Bench:
-    """The contestants, and which of them could not keep up with what."""
-
-    def __init__(self, tools: Tools, direct: Contestant, contestants: list[Contestant]) -> None:
-        """Nobody is out yet."""
-        self.tools, self.direct, self.contestants = tools, direct, contestants
-        self.out: set[tuple[str, str]] = set()
-
-    def ask(
-        self,
-        measured: Callable[..., dict[str, Any]],
-        *arguments: Any,
-        backwards: bool = False,
-        only: Sequence[str] = (),
-    ) -> dict[str, Any]:
-        """Measure those who can keep up; whoever cannot is left out from then on, and the others begin again."""
-        contestants = [each for each in self.contestants if not only or each.name in only]
-        if measured in (measure.latencies, measure.first_bytes):
-            contestants.insert(0, self.direct)
-        while able := [each for each in contestants if (each.name, measured.__name__) not in self.out]:
-            try:
-                return measured(self.tools, able[:: -1 if backwards else 1], *arguments)
-            except measure.OverCapacityError as error:
-                say(f"left out of {measured.__name__}: {error}")
-                self.out.add((error.contestant.name, measured.__name__))
-                error.contestant.wait_until_idle()
-        return {}
-
-
-def rounds(bench: Bench, plan: Plan) -> Report:
-    """All that is measured in rounds."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for number in range(plan.rounds):
-        say(f"round {number + 1} of {plan.rounds}")
-        for measured, seconds in (
-            (measure.request_cpu, plan.window_seconds),
-            (measure.chunk_cpu, plan.window_seconds),
-            (measure.burst_cpu, plan.window_seconds),
-            (measure.latencies, plan.latency_seconds),
-            (measure.first_bytes, plan.latency_seconds),
-        ):
-            values = bench.ask(measured, seconds, backwards=number % 2 > 0)
-            found.setdefault(measured.__name__, []).append(values)
-    names = [contestant.name for contestant in bench.contestants]
-    cells = {key: report.compare(found[key], names) for key in ("request_cpu", "chunk_cpu", "burst_cpu")}
-    for percent in (50, 99):
-        cells[f"latency_p{percent}"] = report.added(found["latencies"], names, percent)
-        cells[f"first_p{percent}"] = report.added(found["first_bytes"], names, percent)
-    return cells
-
-
-def once(bench: Bench, plan: Plan) -> Report:
-    """What is measured once: large bodies, and many streams at their beginning and at their end."""
-    found: Report = {key: {} for key in ("blocked_ms", "quiet_ms", "endurance_cpu", "endurance_mb")}
-    say("10 MB bodies")
-    for name, delays in bench.ask(measure.blockage, plan.blockage_seconds, only=("pass-through", "proxy")).items():
-        for key, delays_ms in delays.items():
-            found[key][name] = Cell(delays_ms, value=max(delays_ms))
-    if plan.endurance_seconds and "proxy" in [each.name for each in bench.contestants]:
-        say(f"2,000 streams for {plan.endurance_seconds} s")
-        for name, pairs in bench.ask(measure.endurance, plan.endurance_seconds, only=("proxy",)).items():
-            for key, (first, last) in pairs.items():
-                found[key][name] = Cell([last], [last / first])
-    return found
-
-
-def tables(plan: Plan, tools: Tools, upstream_port: int) -> tuple[Report, str]:
-    """The proxy on a full and on an empty database, and a sentence about the full one."""
-    say(f"a database of {plan.accounts * 10:,} requests and {plan.accounts:,} accounts")
-    flat = flatness(tools, upstream_port, plan.accounts, plan.table_rounds, plan.window_seconds)
-    one = [full / empty for full, empty in zip(flat.full_us, flat.empty_us, strict=True)]
-    many = [full / empty for full, empty in zip(flat.full_many_keys_us, flat.empty_us, strict=True)]
-    found = {
-        "tables_cpu": {"proxy": Cell(flat.full_us, one)},
-        "tables_keys_cpu": {"proxy": Cell(flat.full_many_keys_us, many)},
-        "tables_start": {"proxy": Cell([flat.started_seconds[1]])},
-    }
-    return found, (
-        f"The full database: {flat.rows:,} requests, {plan.accounts:,} accounts, filled in {flat.fill_seconds:.0f} s; "
-        f"start on an empty one {flat.started_seconds[0]:.2f} s; audit {flat.audit}."
-    )
-
-
 @contextmanager
-def everybody(names: list[str], upstream_port: int, directory: Path) -> Iterator[list[Contestant]]:
+def everybody(starters: dict[str, Starter], upstream_port: int, directory: Path) -> Iterator[list[Contestant]]:
     """Start the contestants one after the other; they wait idly for their turns."""
     with ExitStack() as stack:
         contestants = []
-        for name in names:
+        for name, start in starters.items():
             (directory / name).mkdir()
             try:
-                contestants.append(stack.enter_context(STARTERS[name](upstream_port, directory / name)))
+                contestants.append(stack.enter_context(start(upstream_port, directory / name)))
             except RuntimeError as error:
                 say(f"left out: {error}")
                 continue
@@ -167,36 +89,93 @@ def everybody(names: list[str], upstream_port: int, directory: Path) -> Iterator
         yield contestants
 
 
-def run(plan: Plan, names: list[str], directory: Path, found: Report, notes: list[str]) -> None:
-    """Measure everything into a report, and into sentences to go below it."""
+def run(arguments: argparse.Namespace, others: list[str], ours: list[Proxy], directory: Path, found: Found) -> None:
+    """Measure everything into tables, and into sentences to go below them."""
     tools = measure.build_tools(directory)
-    notes.append(machine(tools))
+    found.notes.append(machine(tools))
+    found.notes += [f"{proxy.name}: {proxy.file}" for proxy in ours if proxy.plain and arguments.proxy]
+    starters = {name: OTHERS[name] for name in others} | {proxy.name: proxy.start for proxy in ours}
     with measure.scripted_upstream(tools, SECONDS_MAX) as upstream_port:
-        with everybody(names, upstream_port, directory) as contestants:
-            # Memory comes first: later it would tell what a contestant has been through.
-            say("memory with 500 streams")
+        with everybody(starters, upstream_port, directory) as contestants:
+            ours = [proxy for proxy in ours if proxy.name in [each.name for each in contestants]]
             bench = Bench(tools, Contestant("direct", upstream_port), contestants)
-            found["resident_mb"] = report.compare([bench.ask(measure.resident_mb)], [each.name for each in contestants])
-            found.update(rounds(bench, plan))
-            found.update(once(bench, plan))
-        if "proxy" in names:
-            notes.append(f"After the run, the proxy's audit {verdict_of_audit(directory / 'proxy' / 'config.yaml')}.")
-        if "proxy" in names and plan.accounts:
-            more, sentence = tables(plan, tools, upstream_port)
-            found.update(more)
-            notes.append(sentence)
+            if arguments.clients:
+                run_clients(arguments, bench, ours, found)
+            else:
+                run_costs(arguments, bench, ours, found)
+        for proxy in ours:
+            found.notes.append(f"After the run, {proxy.name}'s audit {proxy.verdict_of_audit(directory / proxy.name)}.")
+        plan, plain = costs_plan(arguments), [proxy for proxy in ours if proxy.plain]
+        if plain and plan.accounts and not arguments.clients:
+            more, sentence = costs.tables(plain[-1], plan, tools, upstream_port)
+            found.costs.update(more)
+            found.notes.append(sentence)
+
+
+def run_clients(arguments: argparse.Namespace, bench: Bench, ours: list[Proxy], found: Found) -> None:
+    """The table by clients."""
+    plan = clients.QUICK if arguments.quick else clients.FULL
+    if arguments.rounds:
+        plan = dataclasses.replace(plan, rounds=arguments.rounds)
+    names = [each.name for each in bench.contestants]
+    found.by_clients = clients.Rounds(names, asked=[proxy.name for proxy in ours if proxy.plain])
+    clients.measure_rounds(bench, plan, found.by_clients)
+
+
+def run_costs(arguments: argparse.Namespace, bench: Bench, ours: list[Proxy], found: Found) -> None:
+    """The first table, all but the full database."""
+    # Memory comes first: later it would tell what a contestant has been through.
+    say("memory with 500 streams")
+    names = [each.name for each in bench.contestants]
+    found.costs["resident_mb"] = report.compare([bench.ask(measure.resident_mb)], names)
+    plan = costs_plan(arguments)
+    found.costs.update(costs.rounds(bench, plan))
+    found.costs.update(costs.once(bench, plan, [proxy.name for proxy in ours if proxy.plain]))
+    for proxy in (proxy for proxy in ours if proxy.console):
+        contestant = next(each for each in bench.contestants if each.name == proxy.name)
+        more, sentence = pages.beside_visitors(proxy, contestant, bench.tools, pairs=1 if arguments.quick else 4)
+        for key, cell in more.items():
+            found.costs.setdefault(key, {})[proxy.name] = cell
+        found.notes.append(sentence)
+
+
+def costs_plan(arguments: argparse.Namespace) -> costs.Plan:
+    """How much is measured for the first table."""
+    plan = costs.QUICK if arguments.quick else costs.FULL
+    if arguments.long:
+        plan = dataclasses.replace(plan, endurance_seconds=120)
+    return dataclasses.replace(plan, rounds=arguments.rounds) if arguments.rounds else plan
 
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure what the proxy costs.")
+    known = (*OTHERS, "proxy")
+    parser.add_argument("--clients", action="store_true", help="1 to 256 clients at once, against goals")
     parser.add_argument("--quick", action="store_true", help="under one minute: fewer rounds, no flatness")
     parser.add_argument("--long", action="store_true", help="2,000 streams for two minutes instead of 24 seconds")
     parser.add_argument("--rounds", type=int, help="how often everything is repeated")
-    parser.add_argument("--contestants", help=f"some of {','.join(STARTERS)}; all that are installed if not given")
+    parser.add_argument("--contestants", help=f"some of {','.join(known)}; all that are installed if not given")
+    parser.add_argument("--proxy", type=Path, action="append", metavar="FILE", help="another proxy.py; twice: both")
+    parser.add_argument("--console", action="store_true", help="the proxy also with its console on, and visitors")
+    parser.add_argument("--database", metavar="URL", help="the proxy also on this database, which runs already")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     return parser.parse_args()
+
+
+def who(arguments: argparse.Namespace) -> tuple[list[str], list[Proxy]]:
+    """The other gateways, and the proxies."""
+    here = [*installed(), "proxy"]
+    default = [name for name in here if name != "LiteLLM"] if arguments.clients else here
+    names = arguments.contestants.split(",") if arguments.contestants else default
+    if unknown := [name for name in names if name not in here]:
+        sys.exit(f"not installed or not known: {', '.join(unknown)}; here are {', '.join(here)}")
+    files = [file.resolve() for file in arguments.proxy or [THIS]]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        sys.exit(f"no such file: {', '.join(missing)}")
+    ours = proxies(files, arguments.console, arguments.database) if "proxy" in names else []
+    return [name for name in names if name != "proxy"], ours
 
 
 def main() -> None:
@@ -205,54 +184,19 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"gave up after {SECONDS_MAX} s"))
     signal.alarm(SECONDS_MAX)
-    plan = QUICK if arguments.quick else FULL
-    if arguments.long:
-        plan = dataclasses.replace(plan, endurance_seconds=120)
-    if arguments.rounds:
-        plan = dataclasses.replace(plan, rounds=arguments.rounds)
-    names = arguments.contestants.split(",") if arguments.contestants else installed()
-    if unknown := [name for name in names if name not in installed()]:
-        sys.exit(f"not installed or not known: {', '.join(unknown)}; here are {', '.join(installed())}")
-
-    found: Report = {}
-    notes: list[str] = []
+    others, ours = who(arguments)
+    found = Found()
     begin = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-            run(plan, names, Path(directory), found, notes)
+            run(arguments, others, ours, Path(directory), found)
     finally:  # what was measured before something failed is worth reading too
-        notes.append(f"{plan.rounds} rounds, {time.monotonic() - begin:.0f} s.")
-        print(report.table(found), "", *notes, sep="\n", flush=True)
+        found.notes.append(f"{time.monotonic() - begin:.0f} s.")
+        print(found.text(), "", *found.notes, sep="\n", flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(as_json(found, notes), indent=1) + "\n")
+        arguments.json.write_text(found.json())
     if arguments.svg:
-        arguments.svg.write_text(chart(found, notes[0]))
-
-
-def as_json(found: Report, notes: list[str]) -> dict[str, Any]:
-    """All numbers, with the goals."""
-    goals = {each.key: each for each in (*report.MEASURES, *report.FLATNESS)}
-    return {
-        "notes": notes,
-        "measures": {
-            key: {
-                "title": goals[key].title,
-                "unit": goals[key].unit,
-                "goal": goals[key].goal(),
-                "contestants": {
-                    name: {
-                        "value": cell.middle,
-                        "values": cell.values,
-                        "ratio": cell.ratio,
-                        "ratios": cell.ratios,
-                        "goal_met": cell.meets(goals[key]) if name == "proxy" else None,
-                    }
-                    for name, cell in cells.items()
-                },
-            }
-            for key, cells in found.items()
-        },
-    }
+        arguments.svg.write_text(found.svg())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from html import escape
 
+from tests.bench.proxies import is_proxy
 from tests.bench.report import MEASURES, YARDSTICK, Cell, Measure, number
 
 COLUMNS, PANEL_WIDTH, MARGIN = 2, 400, 24
@@ -51,7 +52,7 @@ def goal_of(measure: Measure, cells: Mapping[str, Cell]) -> float | None:
 
 def bar(x: float, y: float, width: float, name: str, cut_off: bool) -> list[str]:
     """A bar; two slanted gaps say that it goes on."""
-    kind = "bar proxy" if name == "proxy" else "bar"
+    kind = "bar proxy" if is_proxy(name) else "bar"
     drawn = [f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 1):.1f}" height="{BAR_HEIGHT}" class="{kind}"/>']
     if cut_off:
         for left in (x + width - 22, x + width - 13):
@@ -66,7 +67,8 @@ def panel(measure: Measure, cells: Mapping[str, Cell], x: float, y: float) -> li
     known = {name: cell.middle for name, cell in cells.items() if not math.isnan(cell.middle)}
     most = max([*known.values(), goal or 0.0])
     if YARDSTICK in known:
-        most = min(most, max(BEYOND * known[YARDSTICK], 1.2 * known.get("proxy", 0.0), 1.2 * (goal or 0.0)))
+        ours = max((value for name, value in known.items() if is_proxy(name)), default=0.0)
+        most = min(most, max(BEYOND * known[YARDSTICK], 1.2 * ours, 1.2 * (goal or 0.0)))
     drawn = [text(x, y + 14, f"{measure.title}, {measure.unit}", "title")]
     left, top = x + LABEL_WIDTH, y + TITLE_HEIGHT
     for row, (name, cell) in enumerate(cells.items()):

@@ -1,6 +1,7 @@
 """The servers that are measured: how each is started in front of the scripted upstream, one process each.
 
-A contestant that is not installed is left out. All of them write to files in the bench's temporary directory, and none
+The proxy, in whatever version and with whatever options, is in `proxies.py`; here are those it is compared with. A
+contestant that is not installed is left out. All of them write to files in the bench's temporary directory, and none
 outlives the bench: the kernel kills each when the bench dies, however it dies.
 """
 
@@ -15,16 +16,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 PR_SET_PDEATHSIG = 1
-COMMAND_SECONDS_MAX = 20
 START_SECONDS_MAX = 90  # LiteLLM takes about 20 on a small machine
 LIBC = ctypes.CDLL(None)
 
@@ -34,6 +33,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def say(words: str) -> None:
+    """Report progress on stderr; stdout is for the table."""
+    print(words, file=sys.stderr, flush=True)
 
 
 def die_with_parent() -> None:
@@ -219,61 +223,15 @@ def litellm(upstream_port: int, directory: Path) -> Iterator[Contestant]:
         yield contestant
 
 
-def write_proxy_files(upstream_port: int, port: int, directory: Path) -> Path:
-    """The proxy's two files: one model, one upstream, log and metrics on; returns the path of config.yaml."""
-    (directory / "models.yaml").write_text(
-        "tiers:\n  bench: {multiplier: 1.0, title: Bench}\n"
-        "models:\n  bench: {tier: bench, upstream: bench, context_window: 131072}\n"
-    )
-    (directory / "config.yaml").write_text(
-        f"listen: 127.0.0.1:{port}\ndatabase: proxy.db\nmodels: models.yaml\n"
-        "default_tier: unlimited\nlog: text\nmetrics: loopback\ntiers:\n  unlimited: {}\n"
-        f"upstreams:\n  bench: {{base_url: http://127.0.0.1:{upstream_port}/v1}}\n"
-    )
-    return directory / "config.yaml"
-
-
-def proxy_command(configuration: Path, *words: str) -> Any:
-    """Run one of the proxy's own commands and return what it prints as JSON."""
-    arguments = [sys.executable, str(ROOT / "proxy.py"), "--config", str(configuration), *words, "--json"]
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=COMMAND_SECONDS_MAX, cwd=configuration.parent
-    )
-    if not done.stdout:
-        raise RuntimeError(f"proxy.py {' '.join(words)} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout)
-
-
-def verdict_of_audit(configuration: Path) -> str:
-    """What the proxy says about its own books."""
-    try:
-        return "passes" if proxy_command(configuration, "audit")["ok"] else "FAILS"
-    except subprocess.TimeoutExpired:
-        return "DOES NOT END"
-
-
-@contextmanager
-def proxy(upstream_port: int, directory: Path, key: str | None = None) -> Iterator[Contestant]:
-    """The proxy with its books on; without a key it gets a new account, `bench`, whose credits do not run out."""
-    port = free_port()
-    configuration = write_proxy_files(upstream_port, port, directory)
-    if key is None:
-        words = ("account", "add", "bench", "--tier", "unlimited", "--credits", "1000000000")
-        key = str(proxy_command(configuration, *words)["key"])
-    arguments = [sys.executable, str(ROOT / "proxy.py"), "--config", str(configuration)]
-    with started(Contestant("proxy", port, key=key), arguments, directory) as contestant:
-        yield contestant
-
-
-STARTERS = {"pass-through": pass_through, "nginx": nginx, "LiteLLM": litellm, "proxy": proxy}
+Starter = Callable[[int, Path], AbstractContextManager[Contestant]]
+OTHERS: dict[str, Starter] = {"pass-through": pass_through, "nginx": nginx, "LiteLLM": litellm}
 
 
 def installed() -> list[str]:
-    """The contestants that can run here."""
+    """The gateways that can run here beside the proxy."""
     present = {
         "pass-through": importlib.util.find_spec("uvloop") is not None,
         "nginx": nginx_executable() is not None,
         "LiteLLM": Path(sys.executable).with_name("litellm").exists(),
-        "proxy": (ROOT / "proxy.py").exists(),
     }
     return [name for name, here in present.items() if here]

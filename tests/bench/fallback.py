@@ -118,6 +118,7 @@ class Connection(asyncio.Protocol):
     def send(self, request: bytes, start: float) -> None:
         """Send a request whose time counts from `start`."""
         self.busy, self.start, self.head, self.last, self.first = True, start, b"", b"", False
+        self.last_read = start
         self.events, self.left = 0, -1
         self.transport.write(request)
 
@@ -138,6 +139,9 @@ class Connection(asyncio.Protocol):
             self.first = True
             self.load.open += 1
             self.load.first_us.append(1e6 * (time.monotonic() - self.start))
+        elif self.load.options["events"]:
+            self.load.gap_us.append(1e6 * (time.monotonic() - self.last_read))
+        self.last_read = time.monotonic()
         found = (self.last[-1:] + data).count(b"\n\n")
         self.events += found
         self.load.events += found
@@ -175,6 +179,7 @@ class Load:
         self.report_when_idle = False
         self.latency_us: list[float] = []
         self.first_us: list[float] = []
+        self.gap_us: list[float] = []
         self.idle: list[Connection] = []
 
     async def start_one(self, due: float) -> None:
@@ -222,7 +227,7 @@ class Load:
     def report(self) -> None:
         """Print the counters."""
         found = {name: getattr(self, name) for name in ("requests", "events", "failed", "open")}
-        for name in ("latency_us", "first_us"):
+        for name in ("latency_us", "first_us", "gap_us"):
             samples = sorted(getattr(self, name))[::-1]
             found[name] = samples[:: max(1, len(samples) // 2000)][::-1]
             setattr(self, name, [])

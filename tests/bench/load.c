@@ -15,7 +15,8 @@
  *
  * An answer is complete if its status is 200, its body ended as its framing says, and
  * either `events` were received and the last one was `data: [DONE]`, or, for events=0, the body ends with `}`.
- * `first` is the time to the first byte of the body: gateways differ in when they send the headers.
+ * `first` is the time to the first byte of the body: gateways differ in when they send the headers. `gap` is the time
+ * between two parts of a streamed body.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -43,7 +44,7 @@ typedef struct {
     long left;                  /* bytes left in the body or in this chunk, or one of the states above */
     long size, sent, events, body_bytes;
     const char *request;
-    double start;
+    double start, last_read;    /* last_read: when a part of a streamed body last came */
     char last[LAST];            /* the last bytes of the body */
     char head[HEAD_MAX + 1];
 } Connection;
@@ -54,8 +55,8 @@ static Connection *connections;
 static int *idle, idle_count, epoll_fd, timer_fd, open_answers, report_when_idle;
 static char *requests_file;
 static long request_length, next_part, starts, requests, events, failed;
-static double next_start, interval, *latency, *first;
-static long latency_count, first_count;
+static double next_start, interval, *latency, *first, *gap;
+static long latency_count, first_count, gap_count;
 
 static double now(void) {
     struct timespec t;
@@ -135,6 +136,11 @@ static void finish(Connection *c) {
 }
 
 static void take_body(Connection *c, const char *data, long n) {
+    if (options.events) {
+        double read = now();
+        if (c->got_first && gap_count < SAMPLES_MAX) gap[gap_count++] = read - c->last_read;
+        c->last_read = read;
+    }
     if (!c->got_first) {
         c->got_first = 1;
         open_answers++;
@@ -247,9 +253,10 @@ static void report(void) {
     printf("{\"requests\": %ld, \"events\": %ld, \"failed\": %ld, \"open\": %d", requests, events, failed, open_answers);
     print_times("latency", latency, latency_count);
     print_times("first", first, first_count);
+    print_times("gap", gap, gap_count);
     printf("}\n");
     fflush(stdout);
-    latency_count = first_count = report_when_idle = 0;
+    latency_count = first_count = gap_count = report_when_idle = 0;
 }
 
 static int take_command(void) {
@@ -297,6 +304,7 @@ static void set_up(void) {
     idle = malloc(options.connections * sizeof *idle);
     latency = malloc(SAMPLES_MAX * sizeof *latency);
     first = malloc(SAMPLES_MAX * sizeof *first);
+    gap = malloc(SAMPLES_MAX * sizeof *gap);
     for (long i = options.connections - 1; i >= 0; i--) {
         connections[i].fd = -1;
         idle[idle_count++] = i;

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ CHUNK_STREAMS, CHUNK_PACE_MS = 100, 20
 LATENCY_RATE = 25
 OPENING_SECONDS_MAX = 4  # beyond the time over which the load generator spreads the streams' beginnings
 NOT_STREAMED = "[events=0 pace_ms=0]"
-TURN_SECONDS = 0.25
+TURN_SECONDS, OPENING_TURN_SECONDS = 0.25, 0.15  # the opening turn opens the connections
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Snapshot:
     open: int
     latency_us: list[float]
     first_us: list[float]
+    gap_us: list[float]  # between two parts of a streamed body
 
 
 class OverCapacityError(RuntimeError):
@@ -144,11 +145,12 @@ class Window:
     seconds: float
     requests: int
     events: int
+    latency_us: list[float] = field(default_factory=list)  # of the requests, or of as many as the load generator tells
 
     def __add__(self, other: "Window") -> "Window":
         """Two windows together."""
-        ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Window(*(a + b for a, b in zip(ours, theirs, strict=True)))
+        names = [each.name for each in dataclasses.fields(self)]
+        return Window(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def cpu_us(self, unit: str) -> float:
         """CPU in microseconds for each of the `requests` or `events`."""
@@ -171,7 +173,11 @@ def observe(loads: list[Load], seconds: float) -> list[Window]:
 
 
 def take_turns(
-    tools: Tools, loads: list[tuple[Contestant, list[bytes]]], seconds: float, **options: int
+    tools: Tools,
+    loads: list[tuple[Contestant, list[bytes]]],
+    seconds: float,
+    turn_seconds: float = TURN_SECONDS,
+    **options: int,
 ) -> dict[str, Window]:
     """Closed loops at full speed, a quarter of a second on each contestant in turn.
 
@@ -184,24 +190,25 @@ def take_turns(
         for contestant, requests in loads:
             options = {**options, "parts": len(requests), "paused": 1}
             running_loads.append(stack.enter_context(load(tools, contestant, b"".join(requests), **options)))
-        for turn in range(1 + round(seconds / TURN_SECONDS)):
-            for running_load in running_loads[:: -1 if turn % 2 else 1]:
-                window = take_turn(running_load)
-                if turn > 0:  # the first one opens the connections
-                    totals[running_load.contestant.name] += window
+        for running_load in running_loads:
+            take_turn(running_load, OPENING_TURN_SECONDS)
+        for turn in range(round(seconds / turn_seconds)):
+            for running_load in running_loads[:: 1 if turn % 2 else -1]:
+                window = take_turn(running_load, turn_seconds)
+                totals[running_load.contestant.name] += window
     return totals
 
 
-def take_turn(running_load: Load) -> Window:
+def take_turn(running_load: Load, turn_seconds: float) -> Window:
     """Let a paused load generator run for a while, until the last of its requests is answered."""
     contestant = running_load.contestant
     begin, cpu = time.monotonic(), contestant.cpu_seconds()
     before = running_load.snapshot("resume")
-    time.sleep(TURN_SECONDS)
-    after = running_load.snapshot("pause", 30)
+    time.sleep(turn_seconds)
+    after, seconds = running_load.snapshot("pause", 30), time.monotonic() - begin
     time.sleep(0.005)  # for what a server does when the answer is out
-    cpu_seconds, seconds = contestant.cpu_seconds() - cpu, time.monotonic() - begin
-    return Window(cpu_seconds, seconds, after.requests - before.requests, after.events - before.events)
+    requests, events = after.requests - before.requests, after.events - before.events
+    return Window(contestant.cpu_seconds() - cpu, seconds, requests, events, after.latency_us)
 
 
 def request_cpu(tools: Tools, contestants: list[Contestant], seconds: float) -> dict[str, float]:

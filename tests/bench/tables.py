@@ -13,8 +13,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.bench.contestants import Contestant, proxy, verdict_of_audit
+from tests.bench.contestants import Contestant
 from tests.bench.measure import NOT_STREAMED, Tools, take_turns
+from tests.bench.proxies import Proxy, account_in
 
 ROWS_AN_ACCOUNT = 10
 KEYS_IN_TURN = 1000
@@ -66,14 +67,14 @@ def requests_of(database: Path) -> int:
         return int(db.execute("SELECT count(*) FROM request").fetchone()[0])
 
 
-def fill(upstream_port: int, directory: Path, accounts: int) -> str:
+def fill(proxy: Proxy, upstream_port: int, directory: Path, accounts: int) -> str:
     """Leave a database with a history in a directory; returns the key of the account that was copied."""
     directory.mkdir()
-    with proxy(upstream_port, directory) as first:
+    with proxy.start(upstream_port, directory) as first:
         while requests_of(directory / "proxy.db") < ROWS_AN_ACCOUNT:
             if not first.answers():
                 raise RuntimeError("the proxy refused a request of the history")
-    copy_account(directory / "proxy.db", "bench", accounts - 1)
+    copy_account(directory / "proxy.db", account_in(directory), accounts - 1)
     return first.key
 
 
@@ -97,16 +98,16 @@ def requests_by_turns(contestant: Contestant, accounts: int) -> list[bytes]:
     return [replace(contestant, key=key_of_copy(number)).request(NOT_STREAMED) for number in numbers]
 
 
-def flatness(tools: Tools, upstream_port: int, accounts: int, rounds: int, seconds: float) -> Flatness:
+def flatness(proxy: Proxy, tools: Tools, upstream_port: int, accounts: int, rounds: int, seconds: float) -> Flatness:
     """Load a proxy with an empty database and one with a history in turn, as `request_cpu` does."""
     begin = time.monotonic()
-    key = fill(upstream_port, tools.directory / "full", accounts)
+    key = fill(proxy, upstream_port, tools.directory / "full", accounts)
     fill_seconds = time.monotonic() - begin
     (tools.directory / "empty").mkdir()
     found: dict[str, list[float]] = {"empty": [], "full": [], "full-many-keys": []}
     with (
-        proxy(upstream_port, tools.directory / "empty") as empty,
-        proxy(upstream_port, tools.directory / "full", key) as full,
+        proxy.start(upstream_port, tools.directory / "empty") as empty,
+        proxy.start(upstream_port, tools.directory / "full", key) as full,
     ):
         started = (empty.started_seconds, full.started_seconds)
         loads = [
@@ -119,7 +120,7 @@ def flatness(tools: Tools, upstream_port: int, accounts: int, rounds: int, secon
             for name, window in windows.items():
                 found[name].append(window.cpu_us("requests"))
     begin = time.monotonic()
-    audit_verdict = verdict_of_audit(tools.directory / "full" / "config.yaml")
+    audit_verdict = proxy.verdict_of_audit(tools.directory / "full")
     return Flatness(
         accounts,
         requests_of(tools.directory / "full" / "proxy.db"),

@@ -1,7 +1,6 @@
 """Fixtures of the tests that import proxy.py, by way of tests/support/core_*.py alone: no process, no socket."""
 
 import contextlib
-import sqlite3
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,12 @@ def config(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def db(config: Any) -> Iterator[sqlite3.Connection]:
+def db(config: Any) -> Iterator[Any]:
     with contextlib.closing(connect(config)) as connection:
         yield connection
 
 
 @pytest.fixture
-def bench(db: sqlite3.Connection, config: Any) -> Callable[..., Bench]:
+def bench(db: Any, config: Any) -> Callable[..., Bench]:
     """Makes accounts: `bench(free=5, paid=10)`, in whole credits."""
     return partial(Bench, db, config)

@@ -1,4 +1,4 @@
-"""What a stream costs: its last usage that is one, else what came of it. The one event that is changed stays honest.
+"""What a stream costs: its last usage that can be true, else what came of it. The event that is changed stays honest.
 
 Every case runs whole, byte by byte and with trailing data, through `metered`.
 """
@@ -17,18 +17,26 @@ from tests.support.core_meter import (
     COMPLETIONS,
     DONE,
     EMBEDDINGS,
+    MESSAGES,
+    RERANK,
+    RESPONSES,
     TOKENS_MAX,
     Bill,
+    BrokenStream,
     E,
+    bill_of,
     bill_of_answer,
     closing,
     delta,
     dispatched,
+    feed,
     finish,
+    judgement_of,
     metered,
     new_meter,
     run,
     sse,
+    typed,
     used,
     words,
 )
@@ -55,7 +63,8 @@ BEARING = {
     "null": ({"content": None, "tool_calls": None}, 0),
     "a_number": ({"content": 7}, 0),
     "a_name_only": ({"tool_calls": [{"function": {"name": "f", "arguments": ""}}]}, 0),
-    "broken_calls": ({"tool_calls": ["x", 7, None, {"function": None}, {}]}, 0),
+    "broken_calls": ({"tool_calls": [7, None, {"function": None}, {}]}, 0),
+    "a_call_that_is_a_text": ({"tool_calls": ["12345678"]}, 2),
 }
 
 
@@ -99,8 +108,14 @@ USAGE = {  # the events before [DONE], the choices, and what the whole stream co
     "null_is_none": (sse(closing(5, 3)) + sse(delta(usage=None)) + sse(finish(usage=None)), 1, Bill(5, 3, False)),
     "null_everywhere": (sse(delta(usage=None)) * 2 + sse(finish(usage=None)), 1, Bill(E, 2, True)),
     "absent": (words(4) + sse(finish()), 1, Bill(E, 4, True)),
-    "zero_is_zero": (words(3) + sse(closing(0, 0)), 1, Bill(0, 0, False)),
-    "zero_completion": (words(3) + sse(closing(5, 0)), 1, Bill(5, 0, False)),
+    "zero_is_zero_where_nothing_came": (sse(finish()) + sse(closing(0, 0)), 1, Bill(0, 0, False)),
+    "zero_completion_where_nothing_came": (sse(finish()) + sse(closing(5, 0)), 1, Bill(5, 0, False)),
+    "zero_is_not_believed": (words(3) + sse(closing(0, 0)), 1, Bill(E, 3, True)),
+    "zero_completion_is_not_believed": (words(3) + sse(closing(5, 0)), 1, Bill(5, 3, True)),
+    "no_prompt_for_a_completion": (words(3) + sse(closing(0, 3)), 1, Bill(E, 3, True)),
+    "half_of_the_events_is_believed": (words(4) + sse(closing(5, 2)), 1, Bill(5, 2, False)),
+    "less_than_half_is_not": (words(5) + sse(closing(5, 2)), 1, Bill(5, 5, True)),
+    "long_tokens_are_believed": (sse(delta("x" * 100)) + sse(closing(5, 1)), 1, Bill(5, 1, False)),
     "no_completion": (words(3) + sse({"choices": [], "usage": {"prompt_tokens": 5}}), 1, Bill(5, 3, True)),
     "no_prompt": (words(3) + sse({"choices": [], "usage": {"completion_tokens": 9}}), 1, Bill(E, 9, True)),
     "details_are_parts": (
@@ -108,20 +123,31 @@ USAGE = {  # the events before [DONE], the choices, and what the whole stream co
                                                      prompt_tokens_details={"cached_tokens": 4}, total_tokens=500)}),
         1, Bill(5, 3, False),
     ),
-    "two_closings_of_two_choices": (words(4) + sse(closing(5, 2)) + sse(closing(5, 3)), 2, Bill(5, 5, False)),
-    "the_largest_prompt": (sse(closing(4, 2)) + sse(closing(6, 3)) + sse(closing(5, 1)), 3, Bill(6, 6, False)),
     "two_closings_of_one_choice": (words(4) + sse(closing(5, 2)) + sse(closing(5, 4)), 1, Bill(5, 4, False)),
     "one_closing_of_two_choices": (words(4) + sse(closing(5, 4)), 2, Bill(5, 4, False)),
     "cumulative_of_two_choices": (
         b"".join(sse(delta(usage=used(5, n))) for n in (1, 2, 3, 4)), 2, Bill(5, 4, False),
     ),
-    "closings_win_over_cumulative": (
-        sse(delta(usage=used(5, 7))) + sse(closing(5, 2)) + sse(closing(5, 2)) + sse(finish(usage=used(5, 9))),
-        2, Bill(5, 4, False),
-    ),
     "no_choices_at_all": (words(1) + sse({"usage": used(5, 3)}), 1, Bill(5, 3, False)),
     "choices_null": (words(1) + sse({"choices": None, "usage": used(5, 3)}), 1, Bill(5, 3, False)),
-    "sums_stay_within_bounds": (sse(closing(1, TOKENS_MAX)) * 2, 2, Bill(1, TOKENS_MAX, False)),
+    "before_the_text_without_a_completion": (
+        sse({"choices": [], "usage": {"prompt_tokens": 5}}) + words(3), 1, Bill(5, 3, True),
+    ),
+    "before_the_text_and_after_it": (
+        sse({"choices": [], "usage": {"prompt_tokens": 5}}) + words(3) + sse({"usage": {"completion_tokens": 4}}),
+        1, Bill(5, 4, False),
+    ),
+    # Of several choices the last usage may be one choice's: the larger of it and what must have been used.
+    "nothing_is_added_up": (sse(closing(4, 2)) + sse(closing(6, 3)) + sse(closing(5, 1)), 3, Bill(5, 1, False)),
+    "one_choice_of_two": (words(4) + sse(closing(5, 2)) + sse(closing(5, 3)), 2, Bill(5, 4, True)),
+    "one_choice_of_long_texts": (sse(delta("x" * 80)) * 2 + sse(closing(5, 9)), 2, Bill(5, 20, True)),
+    "both_choices": (sse(delta("x" * 80)) * 2 + sse(closing(5, 21)), 2, Bill(5, 21, False)),
+    "less_than_half_of_two_choices": (words(5) + sse(closing(5, 2)), 2, Bill(5, 5, True)),
+    "the_last_of_several_choices": (
+        sse(delta(usage=used(5, 7))) + sse(closing(5, 2)) + sse(closing(5, 2)) + sse(finish(usage=used(5, 9))),
+        2, Bill(5, 9, False),
+    ),
+    "as_large_as_can_be": (sse(closing(1, TOKENS_MAX)) * 2, 2, Bill(1, TOKENS_MAX, False)),
 }  # fmt: skip
 
 
@@ -152,9 +178,45 @@ def test_the_largest_usage_counts() -> None:
 
 
 def test_what_came_after_the_last_usage_is_owed_by_a_stream_that_was_cut_short() -> None:
-    stream = sse(delta(usage=used(5, 1))) + words(3)
+    stream = sse(delta(usage=used(5, 2))) + words(2)
     assert metered(stream, complete=False).bill == Bill(5, 4, True)
-    assert metered(stream, complete=True).bill == Bill(5, 1, False)
+    assert metered(stream, complete=True).bill == Bill(5, 2, False)
+
+
+def test_a_stream_that_was_cut_short_owes_no_less_than_its_count() -> None:
+    stream = sse(delta("x" * 100, usage=used(5, 3))) + words(1)
+    assert metered(stream, complete=False).bill == Bill(5, 26, True)
+    assert metered(sse({"usage": {"prompt_tokens": 5}}) + words(3), complete=False).bill == Bill(5, 3, True)
+
+
+def test_usage_of_a_block_that_was_refused_is_not_billed() -> None:
+    """What does not go on is counted on a copy, which is dropped."""
+    meter, _, _ = feed(new_meter(), words(2) + sse(delta(usage=used(5, 3))))
+    refused, _, _ = feed(meter, words(10) + sse(delta(usage=used(6, 99))) + sse(finish()) + DONE)
+    assert bill_of(refused, complete=True) == Bill(6, 99, False)
+    assert bill_of(meter, complete=False) == bill_of(meter, complete=True) == Bill(5, 3, False)
+    assert not judgement_of(meter).finished and not judgement_of(meter).over
+    again, _, _ = feed(meter, words(1) + sse(closing(5, 4)))
+    assert bill_of(again, complete=True) == Bill(5, 4, False)
+
+
+CHOICES: dict[
+    str, tuple[dict[str, Any], Bill]
+] = {  # what the meter is told, and what an answer of four words costs whose upstream says 5 and 9
+    "an_answers": ({"choices": 2}, Bill(5, 9, False)),
+    "an_answers_of_two_prompts": ({"choices": 2, "prompts": 2}, Bill(5, 9, False)),
+    "a_choices": ({"choices": 2, "usage_of": "choice"}, Bill(5, 4, True)),
+    "a_choices_of_two_prompts": ({"choices": 2, "prompts": 2, "usage_of": "choice"}, Bill(E, 4, True)),
+    "the_only_choices": ({"choices": 1, "usage_of": "choice"}, Bill(5, 9, False)),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_an_upstream_may_speak_of_one_choice_only(name: str) -> None:
+    told, bill = CHOICES[name]
+    assert metered(words(4) + sse(closing(5, 9)) + DONE, **told).bill == bill
+    answer = {"choices": [{"message": {"content": "word"}}] * 4, "usage": used(5, 9)}
+    assert bill_of_answer(answer, **told) == bill
 
 
 def test_cumulative_usage_covers_the_event_that_bears_it() -> None:
@@ -172,15 +234,36 @@ def test_an_answer_that_is_not_streamed_costs_its_usage() -> None:
     assert bill_of_answer({"choices": choices, "usage": used(5, 2)}, choices=2) == Bill(5, 2, False)
 
 
-def test_embeddings_cost_their_prompt() -> None:
+def test_an_answer_of_several_choices_costs_what_must_have_been_used() -> None:
+    """llama.cpp says what one of them took."""
+    choices = [{"message": {"content": "x" * 40}}, {"message": {"content": "x" * 40}}]
+    assert bill_of_answer({"choices": choices, "usage": used(5, 6)}, choices=2) == Bill(5, 10, True)
+    assert bill_of_answer({"choices": choices, "usage": used(5, 11)}, choices=2) == Bill(5, 11, False)
+    assert bill_of_answer({"choices": choices, "usage": used(5, 6)}) == Bill(5, 6, False)
+
+
+def test_embeddings_and_rankings_cost_their_prompt() -> None:
     answer = {"object": "list", "data": [{"embedding": [0.5]}], "usage": {"prompt_tokens": 5, "total_tokens": 5}}
     assert bill_of_answer(answer, EMBEDDINGS, choices=0) == Bill(5, 0, False)
+    ranking = {"results": [{"index": 0, "relevance_score": 0.5}], "usage": {"total_tokens": 6}}
+    assert bill_of_answer(ranking, RERANK, choices=0) == Bill(6, 0, False)
+    ranking["usage"] = {"prompt_tokens": 5, "total_tokens": 6}
+    assert bill_of_answer(ranking, RERANK, choices=0) == Bill(5, 0, False)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"7", b"null", b"{}", b"<html>", b'{"error":{"message":"no"}}', b'{"a":1}']
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES, MESSAGES])
+def test_what_is_no_answer_of_an_api_is_not_paid_for(body: bytes, path: str) -> None:
+    with pytest.raises(BrokenStream):
+        new_meter(path).feed_whole(body)
 
 
 # --------------------------------------------------------------------------------------------------
 # Ends
 
-ENDS = {  # stream: ended, over, failed
+ENDS = {  # stream: may the upstream close, has the end come, has an error of its own
     "done": (DONE, (True, True, False)),
     "done_without_a_space": (b"data:[DONE]\n\n", (True, True, False)),
     "done_of_two_line_ends": (b"data: [DONE]\r\n\r\n", (True, True, False)),
@@ -189,14 +272,17 @@ ENDS = {  # stream: ended, over, failed
     "usage": (sse(closing(5, 3)), (True, False, False)),
     "neither": (words(2), (False, False, False)),
     "nothing": (b"", (False, False, False)),
-    "error": (sse({"error": {"message": "no"}}), (True, True, True)),
-    "error_text": (sse({"error": "no"}), (True, True, True)),
-    "error_with_choices": (sse(finish(error={"message": "no"})), (True, True, True)),
-    "error_event": (b'event: error\ndata: {"message":"no"}\n\n', (True, True, True)),
-    "error_event_crlf": (b'event:error\r\ndata: {"message":"no"}\r\n\r\n', (True, True, True)),
-    "error_event_no_json": (b"event: error\ndata: Internal Server Error\n\n", (True, True, True)),
+    "error": (sse({"error": {"message": "no"}}), (False, False, True)),
+    "error_text": (sse({"error": "no"}), (False, False, True)),
+    "error_with_choices": (sse(finish(error={"message": "no"})), (True, False, True)),
+    "error_event": (b'event: error\ndata: {"message":"no"}\n\n', (False, False, True)),
+    "error_event_crlf": (b'event:error\r\ndata: {"message":"no"}\r\n\r\n', (False, False, True)),
+    "error_event_later": (words(2) + b'event: error\ndata: {"message":"no"}\n\n', (False, False, True)),
+    "error_event_with_an_id": (b'id: 1\nevent: error\ndata: {"message":"no"}\n\n', (False, False, True)),
+    "error_event_no_json": (b"event: error\ndata: Internal Server Error\n\n", (False, False, True)),
     "no_error": (sse(delta(error=None)), (False, False, False)),
     "another_event": (b'event: errors\ndata: {"message":"no"}\n\n', (False, False, False)),
+    "another_typed_event": (b'event: errors\ndata: {"type":"errors"}\n\n', (False, False, False)),
     "done_in_a_text": (sse(delta("[DONE]")), (False, False, False)),
     "done_in_a_comment": (b": [DONE]\n\n", (False, False, False)),
 }
@@ -212,6 +298,135 @@ def test_what_follows_done_neither_goes_on_nor_costs() -> None:
     stream = words(1) + DONE + words(5) + sse(closing(99, 99))
     outcome = run([stream], new_meter(), complete=True)
     assert (outcome.out, outcome.bill) == (words(1) + DONE, Bill(E, 1, True))
+
+
+# --------------------------------------------------------------------------------------------------
+# The other APIs: what `usage` stands in, and what ends a stream
+
+
+def started(**usage: Any) -> bytes:
+    return typed("message_start", message={"role": "assistant", "content": [], "usage": usage})
+
+
+def block_delta(**delta_: Any) -> bytes:
+    return typed("content_block_delta", index=0, delta=delta_)
+
+
+def message_delta(**usage: Any) -> bytes:
+    return typed("message_delta", delta={"stop_reason": "end_turn"}, usage=usage)
+
+
+STARTED = started(input_tokens=5, cache_read_input_tokens=2, cache_creation_input_tokens=1, output_tokens=0)
+TEXT = block_delta(type="text_delta", text="word")
+STOP = typed("message_stop")
+OF_MESSAGES = {  # stream, what it costs to its end, and cut short there
+    "start_then_deltas": (STARTED + TEXT * 3 + message_delta(output_tokens=4), Bill(8, 4, False), Bill(8, 4, False)),
+    "the_last_delta_counts": (
+        STARTED + TEXT * 3 + message_delta(output_tokens=2) + message_delta(output_tokens=4),
+        Bill(8, 4, False), Bill(8, 4, False),
+    ),
+    "the_prompt_once_more": (
+        STARTED + TEXT + message_delta(input_tokens=9, cache_read_input_tokens=None, output_tokens=1),
+        Bill(12, 1, False), Bill(12, 1, False),
+    ),
+    "no_delta": (STARTED + TEXT * 3, Bill(8, 3, True), Bill(8, 3, True)),
+    "no_usage": (TEXT * 3, Bill(E, 3, True), Bill(E, 3, True)),
+    "no_prompt": (
+        started(input_tokens=0, output_tokens=0) + TEXT * 3 + message_delta(output_tokens=3), Bill(E, 3, True),
+        Bill(E, 3, True),
+    ),
+    "thinking_and_tools": (
+        STARTED + block_delta(type="thinking_delta", thinking="x" * 8)
+        + block_delta(type="input_json_delta", partial_json="x" * 8)
+        + block_delta(type="signature_delta", signature="x" * 800),
+        Bill(8, 4, True), Bill(8, 4, True),
+    ),
+    "pings": (STARTED + typed("ping") + TEXT + typed("ping"), Bill(8, 1, True), Bill(8, 1, True)),
+    "after_a_cumulative_one": (
+        STARTED + TEXT + typed("content_block_delta", index=0, delta={"text": "word"}, usage={"output_tokens": 2})
+        + TEXT * 2,
+        Bill(8, 2, False), Bill(8, 4, True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_MESSAGES)
+def test_a_message_costs_what_its_start_and_its_deltas_say(name: str) -> None:
+    stream, bill, cut_short = OF_MESSAGES[name]
+    whole = metered(stream + STOP, path=MESSAGES)
+    assert (whole.out, whole.bill) == (stream + STOP, bill)
+    assert whole.judgement.over and whole.judgement.ended
+    broken_off = metered(stream, path=MESSAGES, complete=False)
+    assert broken_off.bill == cut_short
+    assert not broken_off.judgement.ended, "no other event ends a message"
+
+
+def text_delta(text: str = "word") -> bytes:
+    return typed("response.output_text.delta", delta=text)
+
+
+def response_event(kind: str, usage: Any = None, text: str = "word" * 3) -> bytes:
+    output = [{"type": "message", "content": [{"type": "output_text", "text": text}]}]
+    return typed(f"response.{kind}", response={"status": kind, "output": output, "usage": usage})
+
+
+RESPONSE_USAGE = {"input_tokens": 5, "output_tokens": 4, "input_tokens_details": {"cached_tokens": 4},
+                  "output_tokens_details": {"reasoning_tokens": 99}, "total_tokens": 500}  # fmt: skip
+REPEATS = (
+    typed("response.output_text.done", text="word" * 3)
+    + typed("response.content_part.done", part={"type": "output_text", "text": "word" * 3})
+    + typed("response.output_item.done", item={"content": [{"type": "output_text", "text": "word" * 3}]})
+)
+OF_RESPONSES = {  # the deltas, the event that ends it, and what it costs
+    "completed": (text_delta() * 3, response_event("completed", RESPONSE_USAGE), Bill(5, 4, False)),
+    "incomplete": (text_delta() * 3, response_event("incomplete", RESPONSE_USAGE), Bill(5, 4, False)),
+    "failed": (text_delta() * 3, response_event("failed", RESPONSE_USAGE), Bill(5, 4, False)),
+    "failed_without_usage": (text_delta() * 3, response_event("failed"), Bill(E, 3, True)),
+    "no_usage": (text_delta() * 3, response_event("completed"), Bill(E, 3, True)),
+    "too_little": (text_delta() * 9, response_event("completed", RESPONSE_USAGE), Bill(5, 9, True)),
+    "repeats": (text_delta() * 3 + REPEATS, response_event("completed"), Bill(E, 3, True)),
+    "arguments_and_reasoning": (
+        typed("response.function_call_arguments.delta", delta="x" * 8)
+        + typed("response.reasoning_text.delta", delta="x" * 8),
+        response_event("completed"), Bill(E, 4, True),
+    ),
+    "a_delta_that_is_no_text": (
+        typed("response.audio.delta", delta={"x": "y"}), response_event("completed"), Bill(E, 0, True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_RESPONSES)
+def test_a_response_costs_what_its_last_event_says(name: str) -> None:
+    deltas, end, bill = OF_RESPONSES[name]
+    stream = response_event("created", text="") + deltas + end
+    outcome = metered(stream, path=RESPONSES)
+    assert (outcome.out, outcome.bill) == (stream, bill)
+    assert outcome.judgement.over and outcome.judgement.ended
+    assert outcome.judgement.failed == name.startswith("failed")
+    cut = metered(deltas, path=RESPONSES, complete=False)
+    assert cut.bill == Bill(E, metered(deltas, path=RESPONSES).bill.completion_tokens, True)
+    assert not cut.judgement.ended, "no other event ends a response"
+
+
+def test_an_error_ends_the_streams_of_the_other_apis() -> None:
+    for path in (MESSAGES, RESPONSES):
+        stream = typed("error", error={"type": "overloaded_error", "message": "no"})
+        judgement = metered(stream, path=path).judgement
+        assert (judgement.ended, judgement.over, judgement.broken) == (False, False, True)
+
+
+def test_whole_answers_of_the_other_apis_cost_their_usage() -> None:
+    content = [{"type": "thinking", "thinking": "x" * 8}, {"type": "tool_use", "name": "f", "input": {"a": 1}}]
+    usage = {"input_tokens": 5, "cache_read_input_tokens": 2, "output_tokens": 4}
+    assert bill_of_answer({"content": content, "usage": usage}, MESSAGES) == Bill(7, 4, False)
+    assert bill_of_answer({"content": content}, MESSAGES) == Bill(E, 4, True)  # {"a":1} is 7 bytes
+    output = [{"type": "message", "content": [{"type": "output_text", "text": "x" * 8}]},
+              {"type": "function_call", "name": "f", "arguments": "x" * 5}]  # fmt: skip
+    for status in ("completed", "failed"):
+        answer = {"status": status, "output": output, "usage": RESPONSE_USAGE}
+        assert bill_of_answer(answer, RESPONSES) == Bill(5, 4, False)
+        assert bill_of_answer({**answer, "usage": None}, RESPONSES) == Bill(E, 4, True)
 
 
 # --------------------------------------------------------------------------------------------------

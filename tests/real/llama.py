@@ -20,6 +20,7 @@ MODELS: dict[str, Any] = {
         "upstream_model": "smollm2-135m",
         "context_window": CONTEXT_TOKENS,
     },
+    "smollm2-choice": {"tier": "mid", "upstream": "llama-of-choice", "upstream_model": "smollm2-135m"},
     "smollm2-embedding": {"tier": "half", "upstream": "llama", "kind": "embedding", "context_window": 512},
     "down": {"tier": "one", "upstream": "nobody"},
 }

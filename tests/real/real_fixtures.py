@@ -34,6 +34,7 @@ def started_proxy(
     tiers = {"unlimited": {}, "one-a-minute": {"requests_per_minute": 1}}
     upstreams = {
         "llama": {"base_url": f"{llama.url}/v1"},
+        "llama-of-choice": {"base_url": f"{llama.url}/v1", "usage_of": "choice"},
         "nobody": {"base_url": nobody.url},
         "echo": {"builtin": "echo"},
     }

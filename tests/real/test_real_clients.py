@@ -1,7 +1,8 @@
 """Real clients against the proxy and a real model: each script of tests/clients must exit with 0.
 
 A client that is not installed is skipped, and said so. litellm needs an older openai than the others take:
-LITELLM_PYTHON names the interpreter that has it. NODE_PATH names the folder that has the npm package.
+LITELLM_PYTHON names the interpreter that has it, ANTHROPIC0_PYTHON one that has `anthropic` 0.x. NODE_PATH names the
+folder that has the npm package, CLAUDE_CODE and CODEX the two programs.
 """
 
 import os
@@ -22,7 +23,11 @@ pytestmark = pytest.mark.real
 SCRIPTS = REPOSITORY / "tests" / "clients"
 CREDITS = 20_000.0
 LITELLM_PYTHON = os.environ.get("LITELLM_PYTHON", sys.executable)
+ANTHROPIC0_PYTHON = os.environ.get("ANTHROPIC0_PYTHON", sys.executable)
 NODE = shutil.which("node") or "node"
+PASSED_ON = ("NODE_PATH", "CLAUDE_CODE", "CODEX")
+RUNS = "import os, subprocess as s; s.run([os.environ.get({!r}, {!r}), '--version'], check=True, timeout=30)"
+HAS_ANTHROPIC = "import anthropic; assert anthropic.__version__.startswith({!r})"
 CLIENTS = {  # script: what runs it, and a program that succeeds where the client is installed
     "openai_sync.py": (sys.executable, ["-c", "import openai"]),
     "openai_async.py": (sys.executable, ["-c", "import openai"]),
@@ -31,13 +36,17 @@ CLIENTS = {  # script: what runs it, and a program that succeeds where the clien
     "langchain_client.py": (sys.executable, ["-c", "import langchain_openai"]),
     "litellm_client.py": (LITELLM_PYTHON, ["-c", "import importlib.metadata as m; m.version('litellm')"]),
     "openai_node.cjs": (NODE, ["-e", "require('openai')"]),
+    "openai_responses.py": (sys.executable, ["-c", "import openai"]),
+    "anthropic_messages.py": (sys.executable, ["-c", HAS_ANTHROPIC.format("2.")]),
+    "anthropic_messages.py 0.x": (ANTHROPIC0_PYTHON, ["-c", HAS_ANTHROPIC.format("0.")]),
+    "claude_code.py": (sys.executable, ["-c", RUNS.format("CLAUDE_CODE", "claude")]),
+    "codex_command.py": (sys.executable, ["-c", RUNS.format("CODEX", "codex")]),
 }
 
 
 def run(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     extra = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", **environment}
-    if "NODE_PATH" in os.environ:
-        extra["NODE_PATH"] = os.environ["NODE_PATH"]
+    extra |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     command = [program, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=clean_environment(extra), check=False
@@ -78,7 +87,7 @@ def test_a_client_works_through_the_proxy_and_says_what_is_wrong(
 ) -> None:
     program, check = CLIENTS[script]
     skip_unless_installed(program, check, script)
-    done = run(program, str(SCRIPTS / script), **environment)
+    done = run(program, str(SCRIPTS / script.split()[0]), **environment)
     with capsys.disabled():
         print(f"\n{script}\n{done.stdout}", end="")
     assert done.returncode == 0, done.stderr

@@ -95,32 +95,55 @@ def test_embeddings_cost_what_the_server_says(real_proxy: RunningProxy, account:
     assert_books(real_proxy, account, CREDITS - usage["prompt_tokens"] * 0.5)
 
 
-def test_two_streamed_choices_cost_the_prompt_once_and_both_answers(real_proxy: RunningProxy, account: Account) -> None:
-    """llama.cpp closes each choice with a usage of its own."""
-    answer = chat(real_proxy, account, n=2, stream=True)
-    first, second = usage_of(answer)
-    tokens = first["prompt_tokens"] + first["completion_tokens"] + second["completion_tokens"]
-    assert_charged(real_proxy, account, tokens)
+SEVERAL: dict[str, tuple[str, dict[str, Any]]] = {  # answers to one request, and what asks for them
+    "chat": ("chat/completions", {"messages": [{"role": "user", "content": STORY}], "n": 2}),
+    "completions": ("completions", {"prompt": "Once upon a time", "n": 2}),
+    "prompts": ("completions", {"prompt": ["One day", "A fox"]}),
+}
+PROMPTS_ESTIMATE = math.ceil(len("One day" + "A fox") / 4)
 
 
-@pytest.mark.parametrize(("prompt", "members"), [("Once upon a time", {"n": 2}), (["One day", "A fox"], {})])
-def test_streamed_completions_of_several_answers_cost_all_of_them(
-    real_proxy: RunningProxy, account: Account, prompt: Any, members: dict[str, Any]
+def texts_of(answer: Response) -> list[str]:
+    """What bore content: an event each, or all of a whole answer in one."""
+    if not answer.body.startswith(b"data: "):
+        return ["".join(map(text_of, answer.json()["choices"]))]
+    texts = ["".join(map(text_of, chunk["choices"])) for chunk in answer.chunks if isinstance(chunk, dict)]
+    return [text for text in texts if text]
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    return choice.get("text") or (choice.get("delta") or choice.get("message") or {}).get("content") or ""
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("asked", SEVERAL)
+def test_several_answers_cost_the_usage_or_what_must_have_been_used(
+    real_proxy: RunningProxy, account: Account, asked: str, stream: bool
 ) -> None:
-    """llama.cpp gives each answer a usage of its own, on its last event, which has a choice."""
-    client = real_proxy.client(account.key)
-    answer = client.completion(prompt, "smollm2", max_tokens=12, stream=True, **members)
-    usages = usage_of(answer)
-    assert [usage["completion_tokens"] for usage in usages] == [12, 12]
-    prompts = [usage["prompt_tokens"] for usage in usages]
-    assert_charged(real_proxy, account, max(prompts) if members else sum(prompts), 24)
+    """llama.cpp gives each answer of a stream a usage of its own; of those not streamed, it says what one took."""
+    path, members = SEVERAL[asked]
+    request = {"model": "smollm2", "max_tokens": 24, "ignore_eos": True, "stream": stream, **members}
+    answer = real_proxy.client(account.key).post(f"/v1/{path}", request)
+    usage, texts = usage_of(answer)[-1], texts_of(answer)
+    certain = max(len(texts), sum(len(text.encode()) for text in texts) // 8)
+    if stream:
+        assert [each["completion_tokens"] for each in usage_of(answer)] == [24, 24]
+        assert usage["completion_tokens"] < certain <= 48, "the events tell of both"
+    assert_charged(real_proxy, account, usage["prompt_tokens"], max(usage["completion_tokens"], certain))
 
 
-def test_two_choices_at_once_cost_what_the_server_says(real_proxy: RunningProxy, account: Account) -> None:
-    answer = chat(real_proxy, account, n=2)
-    (usage,) = usage_of(answer)
-    assert len(answer.json()["choices"]) == 2
-    assert_charged(real_proxy, account, usage["total_tokens"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("asked", SEVERAL)
+def test_several_answers_of_a_server_that_speaks_of_one_cost_the_running_count(
+    real_proxy: RunningProxy, account: Account, asked: str, stream: bool
+) -> None:
+    path, members = SEVERAL[asked]
+    request = {"model": "smollm2-choice", "max_tokens": 24, "ignore_eos": True, "stream": stream, **members}
+    answer = real_proxy.client(account.key).post(f"/v1/{path}", request)
+    texts = texts_of(answer)
+    count = max(len(texts), math.ceil(sum(len(text.encode()) for text in texts) / 4))
+    prompt = PROMPTS_ESTIMATE if asked == "prompts" else usage_of(answer)[-1]["prompt_tokens"]
+    assert_charged(real_proxy, account, prompt, count)
 
 
 @pytest.mark.parametrize("stream", [False, True])

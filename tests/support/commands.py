@@ -19,9 +19,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROXY = REPOSITORY / "proxy.py"
 
 COMMAND_SERVER = """
-import json, os, sys, traceback
+import functools, json, os, sys, traceback
 sys.path[0] = sys.argv[1]
 import proxy
+from extras import commands
+proxy.msgspec.structs.fields = functools.cache(proxy.msgspec.structs.fields)  # this and the next are most of a command
+build, once = commands.build_parser, functools.cache(commands.build_parser)
+commands.build_parser = lambda settings: build(settings) if settings else once(None)
 answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
     order = json.loads(line)
@@ -54,18 +58,21 @@ class CommandServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=clean_environment(),
+            env=proxy_environment(),
         )
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, stdout: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """A command with its exit code and outputs; with `stdout`, what it says goes there."""
         with self._lock:
             assert self._process.stdin is not None and self._process.stdout is not None
-            stdout, stderr = self._outputs
+            said, stderr = self._outputs
+            stdout = stdout or said
             order = {"arguments": arguments, "stdout": str(stdout), "stderr": str(stderr)}
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
             code = int(self._process.stdout.readline())
-            return subprocess.CompletedProcess(list(arguments), code, stdout.read_text(), stderr.read_text())
+            output = said.read_text() if stdout == said else ""
+            return subprocess.CompletedProcess(list(arguments), code, output, stderr.read_text())
 
     def stop(self) -> None:
         self._process.communicate(timeout=WAIT_SECONDS)
@@ -77,6 +84,12 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, **(extra or {})}
 
 
+def proxy_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a proxy under test. It speaks to nobody by TLS, and to read the certificates of all
+    authorities is a sixth of its start."""
+    return clean_environment({"SSL_CERT_FILE": os.devnull, **(extra or {})})
+
+
 def run_program(config: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:
     """`python proxy.py --config FILE ARGUMENTS`, to its end, exactly as a user runs it."""
     command = [sys.executable, str(PROXY), "--config", str(config), *arguments]
@@ -85,6 +98,6 @@ def run_program(config: Path, *arguments: str, environment: Mapping[str, str] | 
         capture_output=True,
         text=True,
         timeout=WAIT_SECONDS,
-        env=clean_environment(environment),
+        env=proxy_environment(environment),
         cwd=config.parent,
     )

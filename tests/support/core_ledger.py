@@ -4,13 +4,13 @@ Amounts are thousandths of a credit, moments milliseconds. `Bench` is an account
 tests that tell a story; `at_work` is the running ledger, and `use` a request through it.
 """
 
-import argparse
 import asyncio
 import contextlib
+import io
 import itertools
+import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -19,14 +19,19 @@ from typing import Any, NamedTuple
 import pytest
 
 import proxy
-from tests.support.core_meter import Bill, delta, new_meter, sse
+from tests.support.core_meter import Bill as Bill
+from tests.support.core_meter import delta, feed, new_meter, sse
 from tests.support.files import MODELS, OPTIONS, write_files
+from tests.support.postgres import WANTED as POSTGRES
+from tests.support.postgres import connected
 
 Refusal = proxy.Refusal
-Verb = Callable[[sqlite3.Connection], Any]
+CONNECT = proxy.connect
+Verb = Callable[[Any, int], Any]  # of a database and its time
 NOW = proxy.now_ms()
 DAY = 86_400_000
-TIERS = {"unlimited": proxy.Tier(), "limited": proxy.Tier(requests_per_minute=4, parallel=2)}
+LIMITS: dict[str, dict[str, int]] = {"unlimited": {}, "limited": {"requests_per_minute": 4, "parallel": 2}}
+TIERS = {name: proxy.Tier(**limits) for name, limits in LIMITS.items()}
 PATIENCE = ("BUSY_SECONDS", "RETRY_SECONDS", "SETTLE_PATIENCE_SECONDS")  # how long the ledger waits for what
 
 
@@ -37,12 +42,25 @@ class Settled(NamedTuple):
     balance: int
 
 
-class Audit(NamedTuple):
-    """What `audit` found."""
+class Admitted(NamedTuple):
+    """What a hold that was granted gives."""
 
-    ok: bool
-    value: dict[str, Any]  # as `--json` prints it
-    lines: list[str]
+    max_tokens: int  # a choice
+    granted: int  # tokens of output that are held
+    spare: int = 0  # and those of the chat template
+
+
+class Done(NamedTuple):
+    """What a command did."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def value(self) -> Any:
+        """What `--json` printed."""
+        return json.loads(self.out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -52,28 +70,88 @@ class Audit(NamedTuple):
 def configuration(folder: Path) -> Any:
     """A configuration, read from real files in a folder, with the tiers above."""
     upstreams = {"main": {"base_url": "http://127.0.0.1:1/v1"}}
-    files = write_files(folder, {**OPTIONS, "upstreams": upstreams}, {"plain": MODELS["plain"]})
-    return replace(proxy.load_config(files), tiers=TIERS)
+    options = {**OPTIONS, "upstreams": upstreams, "tiers": LIMITS}
+    return proxy.load_config(write_files(folder, options, {"plain": MODELS["plain"]}))
 
 
-def with_database(config: Any, database: Path) -> Any:
-    return replace(config, database=database)
+def connect(config: Any) -> Any:
+    return CONNECT(config)
 
 
-def connect(config: Any) -> sqlite3.Connection:
-    connection: sqlite3.Connection = proxy.connect(config.database)
-    return connection
+def rows(db: Any, sql: str) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in db.execute(sql).fetchall()]
 
 
-def command(config: Any, *words: str) -> int:
-    """`proxy.py --config FILE WORDS` in this process; its exit code."""
-    return int(proxy.main(["--config", str(config.path), *words]) or 0)
+def hurry(db: Any) -> None:
+    """No power cut in a test."""
+    db.execute("SET synchronous_commit = off" if POSTGRES else "PRAGMA synchronous = OFF")
+
+
+def wait_for_no_lock(db: Any) -> None:
+    db.execute("SET lock_timeout = 1" if POSTGRES else "PRAGMA busy_timeout = 0")
+
+
+@contextlib.contextmanager
+def without_guards(db: Any) -> Iterator[None]:
+    """Without the schema's constraints and triggers, which are there again afterwards in SQLite."""
+    if not POSTGRES:
+        db.execute("PRAGMA ignore_check_constraints = ON")
+        triggers = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+        for trigger, _ in triggers:
+            db.execute(f"DROP TRIGGER {trigger}")
+        yield
+        for _, sql in triggers:
+            db.execute(sql)
+        return
+    find = "SELECT tgname, CAST(CAST(tgrelid AS regclass) AS text) FROM pg_trigger WHERE NOT tgisinternal"
+    for name, table in db.execute(find).fetchall():
+        db.execute(f"DROP TRIGGER {name} ON {table}")
+    find = "SELECT conname, CAST(CAST(conrelid AS regclass) AS text) FROM pg_constraint WHERE contype = 'c'"
+    for name, table in db.execute(f"{find} AND conrelid <> 0").fetchall():
+        if not table.startswith("information_schema"):
+            db.execute(f"ALTER TABLE {table} DROP CONSTRAINT {name}")
+    yield
+
+
+def connect_at(now: int, config: Any) -> Any:
+    """A connection to a database whose clock stands still."""
+    db = connect(config)
+    begin = db.begin
+
+    def begin_then(batch: Any) -> int:
+        begin(batch)
+        return now
+
+    db.begin = begin_then
+    return db
+
+
+def command(config: Any, *words: object, now: int | None = None) -> Done:
+    """`proxy.py --config FILE WORDS` in this process, at this moment of the database's clock."""
+    arguments = ["--config", str(config.path), *map(str, words)]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        if now is not None:
+            patch.setattr(proxy, "connect", partial(connect_at, now))
+        status = proxy.main(arguments)
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def well(done: Done) -> Done:
+    """That command, which must have succeeded."""
+    assert done.status == 0, done
+    return done
 
 
 @contextlib.contextmanager
 def locked(config: Any) -> Iterator[None]:
     """Another process that writes and does not come to an end."""
-    with contextlib.closing(sqlite3.connect(config.database, isolation_level=None)) as other:
+    if POSTGRES:
+        with connected(config.database) as other, other.transaction():
+            other.execute("LOCK TABLE box, account IN EXCLUSIVE MODE")
+            yield
+        return
+    with contextlib.closing(sqlite3.connect(config.database_path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
         other.execute("ROLLBACK")
@@ -89,12 +167,17 @@ def make_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 # Verbs
 
 
-def run_batch(db: sqlite3.Connection, verbs: list[Any]) -> list[Any]:
+def run_batch(db: Any, verbs: list[Any]) -> list[Any]:
     """Verbs in one transaction, as the writer runs them; of each what it returned or raised."""
-    return list(proxy.run_batch(db, verbs))
+    return list(proxy.run_batch(db, [proxy.Entry(verb) for verb in verbs]))
 
 
-def do(db: sqlite3.Connection, verb: Verb) -> Any:
+def at(now: int, verb: Callable[..., Any], *more: Any, **named: Any) -> Verb:
+    """A verb of the core at a moment, whatever the database's clock says."""
+    return lambda db, _: verb(db, now, *more, **named)
+
+
+def do(db: Any, verb: Verb) -> Any:
     """One verb, as the writer runs it; what it raised is raised, a refusal is returned."""
     (outcome,) = run_batch(db, [verb])
     if isinstance(outcome, Exception) and not isinstance(outcome, Refusal):
@@ -102,41 +185,38 @@ def do(db: sqlite3.Connection, verb: Verb) -> Any:
     return outcome
 
 
-def options(**values: Any) -> argparse.Namespace:
-    """Of a command, as its parser gives them."""
-    return argparse.Namespace(**values)
-
-
-def create_account(
-    db: sqlite3.Connection, config: Any, name: str, now: int, free: int, days: int = 30, tier: str = "unlimited"
-) -> int:
+def create_account(db: Any, name: str, now: int, free: int, days: int = 30, tier: str = "unlimited") -> int:
     """The id of a new account with free credits for so many days."""
-    config = replace(config, free_credits=free, free_days=days)
-    return int(do(db, partial(proxy.create_account, config=config, name=name, tier=tier, now=now)))
+    return int(do(db, at(now, proxy.create_account, name=name, tier=tier, free=free, free_days=days)))
 
 
-def create_key(db: sqlite3.Connection, account_id: int, now: int) -> tuple[bytes, int]:
-    """The hash and the id of a new key."""
-    key, key_id = do(db, partial(proxy.create_key, account_id=account_id, label=None, now=now))
+def create_key(db: Any, account_id: int, now: int, **limits: Any) -> tuple[bytes, int]:
+    """The hash and the id of a new key; `limits`: credit_limit, expires_at, models."""
+    key, key_id = do(db, at(now, proxy.create_key, account_id=account_id, **limits))
     return sha256(key.encode()).digest(), key_id
 
 
-def grant(db: sqlite3.Connection, account_id: int, amount: int, now: int) -> None:
+def in_credits(amount: int) -> str:
+    """As the command line takes an amount."""
+    return str(proxy.as_credits(amount))
+
+
+def grant(config: Any, name: str, amount: int, now: int) -> None:
     """Purchased credits; a negative amount takes some back."""
-    do(db, partial(proxy.grant_paid, account_id=account_id, amount=amount, ref=None, note=None, now=now))
+    well(command(config, "credit", "add", name, in_credits(amount), now=now))
 
 
-def revoke(db: sqlite3.Connection, config: Any, key_id: int) -> None:
-    proxy.key_revoke(db, config, options(key_id=key_id))
+def revoke(config: Any, key_id: int, now: int) -> None:
+    well(command(config, "key", "revoke", key_id, now=now))
 
 
-def suspend_or_resume(db: sqlite3.Connection, config: Any, name: str, active: bool) -> None:
-    proxy.account_change("status", db, config, options(name=name, value="active" if active else "suspended"))
+def suspend_or_resume(config: Any, name: str, active: bool, now: int) -> None:
+    well(command(config, "account", "resume" if active else "suspend", name, now=now))
 
 
-def audit(db: sqlite3.Connection, config: Any) -> Audit:
-    report = proxy.audit(db, config, options())
-    return Audit(report.ok, report.value, list(report.lines))
+def audit(config: Any, now: int) -> Done:
+    """Every charge above its hold is listed."""
+    return command(config, "audit", "--json", "--overruns", now=now)
 
 
 def id_at(now: int) -> int:
@@ -152,20 +232,23 @@ def order(
     choices: int = 1,
     max_tokens: int = 10,
     slice_tokens: int | None = None,
+    template: int = 0,
+    model: str = "plain",
 ) -> Any:
-    """What a hold is asked for: `slice_tokens` is None where nothing is streamed."""
-    return proxy.Order(request_id, key_hash, "plain", multiplier, estimate, choices, max_tokens, slice_tokens)
+    """What a hold is asked for: `slice_tokens` is None where nothing is streamed, `template` what a chat's may add."""
+    priced = proxy.Model(name=model, tier="one", upstream="main", multiplier=proxy.Thousandths(multiplier))
+    return proxy.Order(request_id, key_hash, priced, multiplier, estimate, template, choices, max_tokens, slice_tokens)
 
 
 def hold(ordered: Any, now: int) -> Verb:
     """The verb that admits a request, or refuses it."""
-    return partial(proxy.hold, order=ordered, limits_of=TIERS.__getitem__, now=now)
+    return at(now, proxy.hold, order=ordered, limits_of=TIERS.__getitem__)
 
 
-def admission_of(outcome: Any) -> tuple[int, int]:
-    """Of a hold that was granted: the maximum a choice, and how many tokens of output are held."""
+def admission_of(outcome: Any) -> Admitted:
+    """Of a hold that was granted."""
     assert isinstance(outcome, proxy.Admission), outcome
-    return outcome.max_tokens, outcome.granted
+    return Admitted(outcome.max_tokens, outcome.granted, outcome.spare)
 
 
 def refusal_of(outcome: Any) -> str:
@@ -174,39 +257,39 @@ def refusal_of(outcome: Any) -> str:
     return str(outcome.code)
 
 
-def extend(db: sqlite3.Connection, request_id: int, tokens: int, count: int, now: int) -> int:
+def extend(db: Any, request_id: int, tokens: int, count: int, now: int) -> int:
     """How many of these tokens are held in addition; the count so far is noted."""
-    return int(do(db, partial(proxy.extend, request_id=request_id, tokens=tokens, count=count, now=now)))
+    return int(do(db, at(now, proxy.extend, request_id=request_id, tokens=tokens, count=count)))
 
 
-def settle(db: sqlite3.Connection, request_id: int, bill: Bill | None, now: int) -> Settled | None:
+def settle(db: Any, request_id: int, bill: Bill | None, now: int) -> Settled | None:
     """Settle for a bill, void for None; None if there was nothing to resolve."""
     charged = proxy.Bill(*bill) if bill else None
-    outcome = do(db, partial(proxy.settle, end=proxy.Resolution(request_id, "ok", "main", charged), now=now))
+    outcome = do(db, at(now, proxy.settle, end=proxy.Resolution(request_id, "ok", "main", charged)))
     return None if outcome is None else Settled(*outcome)
 
 
-def recover(db: sqlite3.Connection, now: int) -> int:
+def recover(db: Any, now: int) -> int:
     """How many requests were open and are settled now."""
-    return int(do(db, partial(proxy.recover, now=now)))
+    return int(do(db, at(now, proxy.recover)))
 
 
-def find_caller(db: sqlite3.Connection, key_hash: bytes, now: int) -> Any:
-    """Who has a key: `account`, `free`, `paid`, `held`, `open_requests`; or a refusal."""
-    return do(db, partial(proxy.find_caller, key_hash=key_hash, now=now))
+def find_caller(db: Any, key_hash: bytes, now: int) -> Any:
+    """Who has a key: `account`, `free`, `paid`, `held`, `lapsing(now)` and more; or a refusal."""
+    return do(db, at(now, proxy.find_caller, key_hash=key_hash))
 
 
 def adds(amount: int) -> Verb:
     """A verb that writes, and returns its amount."""
 
-    def verb(db: sqlite3.Connection) -> int:
-        db.execute("UPDATE account SET paid = paid + ?, granted = granted + ?", (amount, amount))
+    def verb(db: Any, now: int) -> int:
+        db.execute("UPDATE account SET paid = paid + :n, granted = granted + :n", {"n": amount})
         return amount
 
     return verb
 
 
-def fails_after_writing(db: sqlite3.Connection) -> None:
+def fails_after_writing(db: Any, now: int) -> None:
     """A verb with a bug."""
     db.execute("UPDATE account SET paid = paid + 1000000, granted = granted + 1000000")
     raise ZeroDivisionError
@@ -221,19 +304,20 @@ NUMBERS = itertools.count(1)
 class Bench:
     """An account on a database, and the verbs on it with short words. Credits are whole ones, a token costs one."""
 
-    def __init__(self, db: sqlite3.Connection, config: Any, free: int = 0, paid: int = 0, name: str = "ann") -> None:
-        self.db, self.config, self.now = db, config, NOW
-        self.id = create_account(db, config, name, NOW, free * 1000)
+    def __init__(self, db: Any, config: Any, free: int = 0, paid: int = 0, name: str = "ann") -> None:
+        self.db, self.config, self.name, self.now = db, config, name, NOW
+        self.id = create_account(db, name, NOW, free * 1000)
         self.key_hash, self.key_id = create_key(db, self.id, NOW)
         if paid:
             self.grant(paid)
 
     def grant(self, credits_: int) -> None:
-        grant(self.db, self.id, credits_ * 1000, self.now)
+        grant(self.config, self.name, credits_ * 1000, self.now)
 
-    def order(self, tokens: int = 10, estimate: int = 0, slice_tokens: int | None = None) -> Any:
+    def order(self, tokens: int = 10, estimate: int = 0, slice_tokens: int | None = None, template: int = 0) -> Any:
         request_id = id_at(self.now) + next(NUMBERS)
-        return order(request_id, self.key_hash, estimate=estimate, max_tokens=tokens, slice_tokens=slice_tokens)
+        more: dict[str, Any] = {"max_tokens": tokens, "slice_tokens": slice_tokens, "template": template}
+        return order(request_id, self.key_hash, estimate=estimate, **more)
 
     def hold(self, tokens: int = 10, estimate: int = 0) -> int:
         """The id of a request that was admitted."""
@@ -255,14 +339,15 @@ class Bench:
     @property
     def credits(self) -> tuple[float, float, float]:
         """Free, purchased and held."""
-        row = self.db.execute("SELECT free, paid, held FROM account WHERE id = ?", (self.id,)).fetchone()
+        row = self.db.execute("SELECT free, paid, held FROM account WHERE id = :id", {"id": self.id}).fetchone()
         free, paid, held = (number / 1000 for number in row)
         return free, paid, held
 
     def audit(self) -> Mapping[str, Any]:
-        found = audit(self.db, self.config)
-        assert found.ok, found.lines
-        return found.value
+        """What `audit` says, which must be that all is well."""
+        found: Mapping[str, Any] = well(audit(self.config, self.now)).value
+        assert found["ok"] is True
+        return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,12 +376,11 @@ class Clerk:
 
     async def caught_up(self) -> None:
         """Whatever is in the queue is in the database."""
-        await self.submit(lambda db: None)
+        await self.submit(lambda db, now: None)
 
     async def trace(self, statements: list[str]) -> None:
         """Note every statement from now on."""
-        assert self.ledger.database
-        await self.ledger.database.set_trace_callback(statements.append)
+        await self.ledger.database.thread.set_trace_callback(statements.append)
 
     def hold(self, ordered: Any) -> Any:
         """The hold of a streamed request: `async with`, then `under_way`, `came` and `word`."""
@@ -319,14 +403,17 @@ def under_way(hold_: Any, outcome: str = "") -> None:
 
 
 def came(hold_: Any, data: Any) -> None:
-    """An event came from the upstream, and was counted."""
-    hold_.meter.feed(sse(data))
+    """An event came from the upstream, was counted, and goes on."""
+    hold_.meter, _, _ = feed(hold_.meter, sse(data))
 
 
-async def word(hold_: Any) -> None:
-    """A token came, and credits for it are held."""
-    came(hold_, delta())
-    await hold_.cover()
+async def word(hold_: Any, content: str = "word") -> bool:
+    """A token came; whether credits for it are held, so that it goes on."""
+    tally, _, _ = feed(hold_.meter, sse(delta(content)))
+    covered: bool = await hold_.cover(tally)
+    if covered:
+        hold_.meter = tally
+    return covered
 
 
 async def use(hold_: Any, tokens: int = 0) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import proxy
 
 CHAT, COMPLETIONS, EMBEDDINGS = "chat/completions", "completions", "embeddings"
+RESPONSES, MESSAGES, RERANK = "responses", "messages", "rerank"
 EVENT_BYTES_MAX, TOKENS_MAX, BrokenStream = proxy.EVENT_BYTES_MAX, proxy.TOKENS_MAX, proxy.BrokenStream
 E = 7  # the estimate of the prompt, wherever it does not matter
 DONE = b"data: [DONE]\n\n"
@@ -30,25 +31,33 @@ class Bill(NamedTuple):
 class Judgement(NamedTuple):
     """What the meter thinks of a stream."""
 
-    ended: bool  # it came to an end that is one
-    over: bool  # nothing more of it goes on
-    failed: bool  # the upstream said so
+    ended: bool  # the upstream may close now
+    over: bool  # the event that ends it has come
+    broken: bool  # an error of the upstream's own has
+    failed: bool  # it ended by saying that it failed
     finished: bool  # a finish reason has passed
     produced: bool  # something came
+
+    @property
+    def stops(self) -> bool:
+        """Nothing more of it goes on."""
+        return self.over or self.broken
 
 
 # --------------------------------------------------------------------------------------------------
 # The core, asked
 
 
-def new_meter(path: str = CHAT, choices: int = 1, wants_usage: bool = True) -> Any:
-    """The meter of a stream; `wants_usage`: its client asked for usage."""
-    return proxy.UsageMeter(proxy.ENDPOINTS[path], choices, wants_usage)
+def new_meter(
+    path: str = CHAT, choices: int = 1, wants_usage: bool = True, prompts: int = 1, usage_of: str = "answer"
+) -> Any:
+    """The meter of a stream; `wants_usage`: its client asked for usage; `usage_of`: what its upstream speaks of."""
+    return proxy.Meter(proxy.APIS[path], choices, prompts, wants_usage, usage_of)
 
 
 def new_splitter() -> Any:
     """`feed(read)` returns the whole events that have come."""
-    return proxy.EventSplitter()
+    return proxy.Splitter()
 
 
 def kept_back(splitter: Any) -> bytes:
@@ -56,19 +65,16 @@ def kept_back(splitter: Any) -> bytes:
     return bytes(splitter.tail)
 
 
-def feed(meter: Any, block: bytes) -> bytes:
-    """Give the meter whole events; what goes on of them, up to the one that ends the stream."""
-    done = meter.skim(block, 0, 2**31)
-    out = bytearray(block[:done])
-    while done < len(block) and not meter.over:
-        event = proxy.first_event(block, done)
-        out += meter.feed(event)
-        done += len(event)
-    return bytes(out)
+def feed(meter: Any, block: bytes) -> tuple[Any, bytes, bytes]:
+    """Whole events: the meter with them counted, which the relay drops if they do not go on; what goes on, and the
+    event that ends the stream, which goes on once it is settled."""
+    tally = meter.copy()
+    out, last = tally.feed(block)
+    return tally, out, last
 
 
 def judgement_of(meter: Any) -> Judgement:
-    return Judgement(meter.ended, meter.over, meter.failed, meter.finished, meter.produced)
+    return Judgement(meter.ended, meter.over, meter.broken, meter.failed, meter.finished, meter.produced)
 
 
 def bill_of(meter: Any, complete: bool) -> Bill:
@@ -76,10 +82,10 @@ def bill_of(meter: Any, complete: bool) -> Bill:
     return Bill(*meter.bill(E, complete))
 
 
-def bill_of_answer(answer: dict[str, Any], path: str = CHAT, choices: int = 1) -> Bill:
+def bill_of_answer(answer: dict[str, Any], path: str = CHAT, **more: Any) -> Bill:
     """What an answer costs that is not streamed."""
-    meter = new_meter(path, choices, wants_usage=False)
-    feed(meter, sse(answer))
+    meter = new_meter(path, **{"wants_usage": False, **more})
+    meter.feed_whole(json.dumps(answer).encode())
     return bill_of(meter, complete=True)
 
 
@@ -99,27 +105,30 @@ class Outcome:
     @property
     def comparable(self) -> tuple[Any, ...]:
         """The LF of a last CRLF may go on with its event or be kept back: what both hold is what counts."""
-        passed = self.out if self.judgement.over else self.out + self.kept
+        passed = self.out if self.judgement.stops else self.out + self.kept
         return (passed.rstrip(b"\r\n"), self.bill, self.judgement)
 
 
 def run(reads: Iterable[bytes], meter: Any, complete: bool) -> Outcome:
     """What the relay does: whole events to the meter, until one of them ends the stream."""
-    splitter, out = new_splitter(), bytearray()
+    splitter, passed = new_splitter(), bytearray()
     for read in reads:
-        out += feed(meter, splitter.feed(read))
-        if judgement_of(meter).over:
+        if block := splitter.feed(read):
+            meter, out, last = feed(meter, block)
+            assert bool(last) == judgement_of(meter).stops, "it is kept back until the settle"
+            passed += out + last
+        if judgement_of(meter).stops:
             break
-    return Outcome(bytes(out), kept_back(splitter), bill_of(meter, complete), judgement_of(meter))
+    return Outcome(bytes(passed), kept_back(splitter), bill_of(meter, complete), judgement_of(meter))
 
 
-def metered(
-    stream: bytes, *, path: str = CHAT, choices: int = 1, wants_usage: bool = True, complete: bool = True
-) -> Outcome:
-    """The outcome of a stream, which must not depend on how it was read: whole, byte by byte, with trailing data."""
+def metered(stream: bytes, *, complete: bool = True, **more: Any) -> Outcome:
+    """The outcome of a stream, which must not depend on how it was read: whole, byte by byte, with trailing data.
+
+    `more` is of `new_meter`."""
 
     def through(*reads: bytes) -> Outcome:
-        return run(reads, new_meter(path, choices, wants_usage), complete)
+        return run(reads, new_meter(**more), complete)
 
     whole = through(stream)
     assert through(*(stream[n : n + 1] for n in range(len(stream)))).comparable == whole.comparable
@@ -152,6 +161,11 @@ def dispatched(stream: bytes) -> list[bytes]:
 def sse(data: Any, newline: bytes = b"\n") -> bytes:
     """An event as terse as real servers write it."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + newline * 2
+
+
+def typed(kind: str, **members: Any) -> bytes:
+    """An event that bears its type, as those of responses and messages do."""
+    return b"event: " + kind.encode() + b"\n" + sse({"type": kind, **members})
 
 
 def delta(content: str = "word", **members: Any) -> dict[str, Any]:

@@ -1,22 +1,26 @@
 """The one place where the tests know how the core reads a request, prices it and writes the one it forwards."""
 
 import json
-from dataclasses import replace
 from typing import Any, Literal
+
+import msgspec.structs
 
 import proxy
 from tests.support.core_meter import CHAT, COMPLETIONS, EMBEDDINGS
 
 Refusal = proxy.Refusal
-PATHS = list(proxy.ENDPOINTS)
 PROMPT = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}  # the member that holds the prompt
+PATHS = list(PROMPT)
+EVERY_PATH = list(proxy.APIS)
 MAXIMA = ("max_tokens", "max_completion_tokens")
-MODEL = proxy.Model("shown", "one", 1000, "chat", ("up",), "real", None, None, 0, None)
+MODEL = proxy.Model(
+    name="shown", tier="one", upstream="up", upstream_model="real", multiplier=proxy.Thousandths(1000), kind="chat"
+)
 
 
 def parse(path: str, raw: bytes) -> Any:
     """A request as the core has read it: `model`, `stream`, `choices`, `max_tokens`, `prompt_estimate` and more."""
-    return proxy.parse_request(proxy.ENDPOINTS[path], raw)
+    return proxy.parse_request(proxy.APIS[path], raw)
 
 
 def forward(request: Any, lowered_to: int | None = None, usage_in_stream: Literal["ask", "never"] = "ask") -> bytes:
@@ -25,14 +29,21 @@ def forward(request: Any, lowered_to: int | None = None, usage_in_stream: Litera
     return bytes(proxy.forward_body(request, MODEL, upstream, lowered_to))
 
 
-def within_window(window: int | None, estimate: int, prompts: int) -> int:
-    """The estimate of so many prompts, for a model with this context window."""
-    return int(replace(MODEL, context_window=window).prompt_tokens(estimate, prompts))
+def within_window(window: int | None, request: Any) -> int:
+    """The estimate of a request's prompts, for a model with this context window."""
+    return int(msgspec.structs.replace(MODEL, context_window=window).prompt_tokens(request))
 
 
 def longest_answer(window: int | None, most: int | None, prompt_tokens: int) -> int:
     """The bound of an answer whose request names none."""
-    return int(replace(MODEL, context_window=window, max_output_tokens=most).output_tokens(prompt_tokens))
+    model = msgspec.structs.replace(MODEL, context_window=window, max_output_tokens=most)
+    return int(model.output_tokens(prompt_tokens))
+
+
+def errors_of(refusal: Any) -> dict[str, list[str]]:
+    """The fields that a refusal names, and why."""
+    found: dict[str, list[str]] = refusal.top["errors"]
+    return found
 
 
 # --------------------------------------------------------------------------------------------------

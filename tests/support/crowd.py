@@ -5,7 +5,6 @@ received is what this is about.
 """
 
 import asyncio
-import contextlib
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from tests.support.api_chaos import texts_in
 from tests.support.process import Account, RunningProxy
 from tests.support.storm import CLIENTS, CLIENTS_EACH, Plan
 
@@ -50,10 +50,10 @@ class Wire:
 Misbehaviour = Callable[[], Awaitable[bool]]
 
 
-async def ask(port: int, key: str, request: dict[str, Any], wire: Wire, leaves: Misbehaviour) -> None:
-    """Send a chat and read what comes, as long as it comes; `leaves` is asked after each read."""
+async def ask(port: int, key: str, path: str, request: dict[str, Any], wire: Wire, leaves: Misbehaviour) -> None:
+    """Send a request and read what comes, as long as it comes; `leaves` is asked after each read."""
     body = json.dumps(request).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nAuthorization: Bearer {key}\r\nConnection: close"
+    head = f"POST {path} HTTP/1.1\r\nHost: proxy\r\nAuthorization: Bearer {key}\r\nConnection: close"
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
     try:
         writer.write(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -78,18 +78,7 @@ class Seen(Wire):
     @property
     def texts(self) -> list[str]:
         """The text of each whole event, or of a whole answer."""
-        body = self.body
-        if self.status != 200:
-            return []
-        if body.startswith(b"{"):
-            with contextlib.suppress(json.JSONDecodeError):
-                return [json.loads(body)["choices"][0]["message"]["content"]]
-            return []
-        found = []
-        for event in re.split(rb"\r\n\r\n?|\n\n|\r\r", body)[:-1]:
-            if match := re.match(rb'data: (\{"id".*\})$', event.strip()):
-                found += [choice["delta"].get("content") for choice in json.loads(match[1])["choices"]]
-        return [text for text in found if text]
+        return texts_in(self.body, self.plan.dialect) if self.status == 200 else []
 
 
 class Crowd:
@@ -114,7 +103,8 @@ class Crowd:
             limit = plan.draw.random() / 20 if plan.manner == "leaves at once" else None
             try:
                 async with asyncio.timeout(limit):
-                    await ask(self.proxy.port, account.key, plan.request, seen, partial(self.leaves, seen))
+                    leaves = partial(self.leaves, seen)
+                    await ask(self.proxy.port, account.key, plan.dialect.path, plan.request, seen, leaves)
             except TimeoutError:
                 seen.left = True
             if seen.status == 402:

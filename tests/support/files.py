@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from tests.support.postgres import database_for
+
 TODAY = date.today()
 UPSTREAM_KEY = "upstream-secret-key"
 
@@ -110,6 +112,7 @@ def write_files(folder: Path, options: Mapping[str, Any], models: Mapping[str, A
         names = model["upstream"] if isinstance(model["upstream"], list) else [model["upstream"]]
         return all(name in known for name in names)
 
-    write_yaml(folder / "config.yaml", dict(options))
+    database = database_for(folder, options.get("database", "proxy.db"))
+    write_yaml(folder / "config.yaml", {**options, "database": database})
     write_yaml(folder / "models.yaml", catalog({name: m for name, m in models.items() if usable(m)}))
     return folder / "config.yaml"

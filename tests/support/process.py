@@ -20,9 +20,10 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.support.client import Client
-from tests.support.commands import PROXY, CommandServer, clean_environment
+from tests.support.commands import PROXY, CommandServer, proxy_environment
 from tests.support.exchange import Behaviour
 from tests.support.files import MODELS, OPTIONS, write_files
+from tests.support.ledger import WHEN_ALONE, Ledger, box_program
 from tests.support.upstream import FakeUpstream
 from tests.support.waiting import WAIT_SECONDS, wait_until
 
@@ -49,6 +50,10 @@ class RunningProxy:
     ) -> None:
         self.config, self.commands, self.upstream = config, commands, upstream
         self.environment = dict(environment or {})
+        self.ledger = Ledger(config)
+        self.alone = True  # no other box is on its database
+        self.program = box_program(WHEN_ALONE) if self.ledger.is_postgres else [sys.executable, str(PROXY)]
+        self.was_killed = False
         self.lines: list[str] = []  # of both outputs, of every start
         self.stdout_lines: list[str] = []
         self.port = 0
@@ -62,14 +67,14 @@ class RunningProxy:
     def start(self) -> Self:
         self._dead_on_purpose = False
         lines_before = len(self.stdout_lines)
-        command = [sys.executable, str(PROXY), "--config", str(self.config), "serve"]
+        command = [*self.program, "--config", str(self.config), "serve"]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=clean_environment(self.environment),
+            env=proxy_environment(self.environment),
             cwd=self.config.parent,
         )
         streams = (self.process.stdout, self.process.stderr)
@@ -84,6 +89,8 @@ class RunningProxy:
             return next(filter(None, found), None)
 
         self.port = int(wait_until(listening, "the line `listening on http://HOST:PORT`").group(1))
+        if self.was_killed and self.ledger.is_postgres and self.alone:
+            wait_until(self.ledger.is_recovered, "what was killed is recovered")
         return self
 
     def _read(self, stream: Any) -> None:
@@ -99,6 +106,7 @@ class RunningProxy:
         for reader in self._readers:
             reader.join(WAIT_SECONDS)
         self._dead_on_purpose = True
+        self.was_killed = code == -signal.SIGKILL
         return code
 
     def signal(self, number: int) -> None:
@@ -157,6 +165,7 @@ class RunningProxy:
 
     @property
     def database(self) -> Path:
+        """Its file, where the ledger is SQLite's."""
         return self.folder / "proxy.db"
 
     @property
@@ -232,6 +241,7 @@ def proxies(
         upstreams: Mapping[str, Any] | None = None,
         behaviour: Behaviour | None = None,
         environment: Mapping[str, str] | None = None,
+        box: list[str] | None = None,
     ) -> RunningProxy:
         upstream = make_upstream(behaviour)
         home = folder / f"proxy-{len(started)}"
@@ -239,6 +249,8 @@ def proxies(
         doors = {"echo": {"builtin": "echo"}, "main": {"base_url": upstream.url}, **(upstreams or {})}
         config = write_files(home, {**OPTIONS, "upstreams": doors, **(options or {})}, {**MODELS, **(models or {})})
         proxy = RunningProxy(config, commands, upstream, environment)
+        if box is not None:  # one of several on its database
+            proxy.alone, proxy.program = False, box
         started.append(proxy)
         return proxy.start()
 

@@ -7,9 +7,9 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.client import chat_request
+from tests.support.api_calls import CHAT
+from tests.support.api_chaos import DIALECTS, NONSENSE, NONSENSE_TEXT, Tokens, dialect_of
 from tests.support.exchange import Exchange
-from tests.support.sse import sse
 
 CLIENTS = 100
 CLIENTS_EACH = 10  # of one account; their requests differ in length, so that each row is known by its estimate
@@ -41,6 +41,7 @@ class Plan:
         self.stream = draw.random() < 0.85
         self.wants_usage = draw.random() < 0.5
         self.model = draw.choice(("plain", "plain", "pair"))
+        self.dialect = draw.choice(DIALECTS)
         self.maximum = draw.choice((None, 5, 50, 5000))
         self.manner = draw.choice(MANNERS)
         self.patience = draw.randrange(3000)  # bytes, of a client that stalls or leaves
@@ -48,7 +49,7 @@ class Plan:
         size = draw.choice((0, 1, 5, 30, 30, 30, 200))
         self.words = ["w" * draw.choice((1, 4, 4, 4, 9)) for _ in range(size)]
         self.prompt_tokens = draw.randrange(1, 2 * self.estimate)
-        self.usage = draw.choice(("closing", "closing", "finish", "every", "none"))
+        self.usage = draw.choice(self.dialect.usages)
         self.newline = draw.choice((b"\n", b"\n", b"\r\n", b"\r"))
         self.padding = "p" * draw.choice((0, 0, 0, 4000))
         self.deaf = draw.random() < 0.1  # to the maximum
@@ -58,12 +59,12 @@ class Plan:
 
     @property
     def request(self) -> dict[str, Any]:
-        options = {"stream": True} if self.stream else {}
-        if self.stream and self.wants_usage:
-            options["stream_options"] = {"include_usage": True}  # type: ignore[assignment]
+        options: dict[str, Any] = {"stream": True} if self.stream else {}
+        if self.stream and self.wants_usage and self.dialect.path == CHAT:
+            options["stream_options"] = {"include_usage": True}
         if self.maximum:
-            options["max_tokens"] = self.maximum  # type: ignore[assignment]
-        return chat_request(self.content, self.model, **options)
+            options[self.dialect.bound] = self.maximum
+        return self.dialect.request(self.content, self.model, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ class Chaos:
         self.seed, self.sent, self.calm = seed, sent, calm
 
     async def __call__(self, exchange: Exchange) -> None:
-        plan = Plan(self.seed, exchange.json["messages"][0]["content"][:8])
+        plan = Plan(self.seed, dialect_of(exchange.path).content(exchange.json)[:8])
         self.sent[plan.name].append(sent := Sent())
         if plan.fails_first and not self.calm:
             await self.fail(exchange, plan.fails_first)
@@ -104,28 +105,30 @@ class Chaos:
 
     def words(self, exchange: Exchange, plan: Plan) -> list[str]:
         """Those that the maximum, which the proxy may have lowered, allows."""
-        return plan.words if plan.deaf else plan.words[: exchange.json.get("max_tokens")]
+        return plan.words if plan.deaf else plan.words[: exchange.json.get(plan.dialect.bound)]
 
-    def chunk(self, plan: Plan, sent: Sent, choices: list[Any], usage: bool) -> bytes:
-        data: dict[str, Any] = {"id": "x", "choices": choices, "padding": plan.padding}
+    def tokens(self, plan: Plan, sent: Sent, usage: bool) -> Tokens:
+        """What a usage says now, if there is one."""
         if usage:
             sent.said.append(len(sent.texts))
-            tokens = {"prompt_tokens": plan.prompt_tokens, "completion_tokens": len(sent.texts)}
-            data["usage"] = tokens
-        return sse(data, plan.newline)
+        return (plan.prompt_tokens, len(sent.texts)) if usage else None
+
+    def encode(self, plan: Plan, events: list[Any]) -> bytes:
+        padded = [{**event, "padding": plan.padding} if isinstance(event, dict) else event for event in events]
+        return b"".join(plan.dialect.encode(event, plan.newline) for event in padded)
 
     async def stream(self, exchange: Exchange, plan: Plan, sent: Sent) -> None:
         fails = None if self.calm else plan.fails_midway
         await exchange.head()
-        waiting = b""
+        waiting = self.encode(plan, plan.dialect.opening(self.tokens(plan, sent, plan.usage != "none")))
         for number, word in enumerate(self.words(exchange, plan)):
             if fails and number == plan.fails_at:
                 await exchange.send(waiting + b": so far\n\n")
                 await self.fail_midway(exchange, plan, sent, fails)
                 return
             sent.texts.append(word)
-            choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
-            waiting += self.chunk(plan, sent, [choice], plan.usage == "every")
+            tokens = self.tokens(plan, sent, plan.usage == "every")
+            waiting += self.encode(plan, [plan.dialect.word(word, tokens)])
             if plan.draw.random() < 0.4:
                 edge = plan.draw.randrange(len(waiting))
                 await exchange.send(waiting[: edge + 1])
@@ -135,12 +138,13 @@ class Chaos:
 
     async def fail_midway(self, exchange: Exchange, plan: Plan, sent: Sent, how: str) -> None:
         if how == "breaks mid event":
-            await exchange.send(b'data: {"choices":[{"delta":{"content":"lost')
+            await exchange.send(self.encode(plan, [plan.dialect.word("lost", None)])[:-20])
         elif how == "fails":
-            await exchange.send(sse({"error": {"message": "the engine died"}}, plan.newline) + sse(b"[DONE]"))
+            await exchange.send(plan.dialect.failure)
             await exchange.end()
         elif how == "talks nonsense":
-            await exchange.send(b"data: {\xff\n\ndata: \n\nwhat\n\n")
+            sent.texts.append(NONSENSE_TEXT)
+            await exchange.send(NONSENSE + b"\n\ndata: \n\nwhat\n\n")
             await exchange.end()
         elif how == "ends":
             await exchange.end()
@@ -148,25 +152,20 @@ class Chaos:
             await self.fail(exchange, how)
 
     async def close(self, exchange: Exchange, plan: Plan, sent: Sent, waiting: bytes) -> None:
-        """Finish reason, usage and, mostly, [DONE]."""
-        finish = [{"index": 0, "delta": {}, "finish_reason": "stop"}]
-        data = waiting + self.chunk(plan, sent, finish, plan.usage in ("finish", "every"))
-        if plan.usage == "closing":
-            data += self.chunk(plan, sent, [], usage=True)
+        """Finish reason, usage and, mostly, the end itself."""
+        *events, end = plan.dialect.closing(plan.usage, self.tokens(plan, sent, plan.usage != "none"))
         if plan.draw.random() < 0.9:
-            data += sse(b"[DONE]", plan.newline)
-        await exchange.send(data)
+            events.append(end)
+        await exchange.send(waiting + self.encode(plan, events))
         await exchange.end()
 
     async def answer(self, exchange: Exchange, plan: Plan, sent: Sent) -> None:
         """Not streamed: an answer, or the beginning of one."""
         words = self.words(exchange, plan)
         sent.texts.append("".join(words))
-        data: dict[str, Any] = {"choices": [{"message": {"content": sent.texts[0]}, "finish_reason": "stop"}]}
-        if plan.usage != "none":
-            sent.said.append(len(words))
-            data["usage"] = {"prompt_tokens": plan.prompt_tokens, "completion_tokens": len(words)}
-        body = json.dumps(data).encode()
+        tokens = (plan.prompt_tokens, len(words)) if plan.usage != "none" else None
+        sent.said += [len(words)] if tokens else []
+        body = json.dumps(plan.dialect.whole(sent.texts[0], tokens)).encode()
         if plan.fails_midway and not self.calm:
             await exchange.head(content_type="application/json", length=len(body) + 9)
             await exchange.send(body)
