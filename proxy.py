@@ -1234,7 +1234,7 @@ class BrokenStream(Exception):
 
 
 EMPTY_LINE = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
-ERROR_LINE = re.compile(rb"(?:^|[\r\n])event: ?error[ \t]*[\r\n]")
+ERROR_LINE = re.compile(rb"(?:\A|[\r\n])event: ?error[ \t]*[\r\n]")
 DATA_LINE = re.compile(rb"(?:^|[\r\n])data:[^\r\n]")
 
 
@@ -1398,7 +1398,7 @@ class Meter(msgspec.Struct):
             if text := text_of(chunk) if isinstance(chunk, Chunk) else len(chunk or b""):
                 events += 1
                 text_bytes += text
-            named_error = start < at < end and ERROR_LINE.search(block, start, at) is not None
+            named_error = start < at < end and ERROR_LINE.search(block, start and start - 1, at) is not None
             if isinstance(chunk, Chunk) and (
                 chunk.usage is not None or chunk.type or chunk.status or chunk.error or named_error
             ):
