@@ -108,7 +108,7 @@ class Audience:
         self.listeners += fresh
         for one in fresh:
             request = chat_request(one.name, stream=True, max_tokens=100_000)
-            call = ask(box.port, account.key, request, one, one.heard)
+            call = ask(box.port, account.key, "/v1/chat/completions", request, one, one.heard)
             one.done = asyncio.run_coroutine_threadsafe(call, self.loop.loop)
         wait_until(lambda: all(one.words for one in fresh), "each stream has begun")
         return fresh
