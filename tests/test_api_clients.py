@@ -21,6 +21,8 @@ from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
 from tests.support.waiting import WAIT_SECONDS, wait_until
 
+pytestmark = pytest.mark.long
+
 anthropic = pytest.importorskip("anthropic", reason="the SDK `anthropic` is not installed: pip install anthropic")
 
 MakeKey = Callable[..., Account]

@@ -18,6 +18,8 @@ from tests.support.commands import CommandServer, run_program
 from tests.support.misbehaviours import StallsMidStream
 from tests.support.process import Account, RunningProxy
 
+pytestmark = pytest.mark.long
+
 MakeProxy = Callable[..., RunningProxy]
 FREE_100 = {"free_credits": {"amount": 100, "days": 30}}
 MONTH = 30 * 86400 * 1000

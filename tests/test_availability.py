@@ -35,6 +35,8 @@ from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.long
+
 MakeKey = Callable[..., Account]
 MakeProxy = Callable[..., RunningProxy]
 CHAT = "/v1/chat/completions"

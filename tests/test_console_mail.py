@@ -14,6 +14,8 @@ from tests.support.files import TODAY, catalog, write_yaml
 from tests.support.process import RunningProxy
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.long
+
 smtp = pytest.importorskip("aiosmtpd.controller")
 
 

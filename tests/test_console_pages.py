@@ -19,6 +19,8 @@ from tests.support.errors import assert_error
 from tests.support.files import MODELS, write_files
 from tests.support.process import RunningProxy
 
+pytestmark = pytest.mark.long
+
 POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; form-action 'self'; "
     "frame-ancestors 'none'; base-uri 'none'"

@@ -28,6 +28,8 @@ from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream, RefusesConnections
 from tests.support.waiting import WAIT_SECONDS, wait_until
 
+pytestmark = pytest.mark.long
+
 MakeKey = Callable[..., Account]
 MakeProxy = Callable[..., RunningProxy]
 CHAT = "/v1/chat/completions"

@@ -19,6 +19,8 @@ from tests.support.errors import assert_error, error_frame
 from tests.support.process import RunningProxy
 from tests.support.waiting import WAIT_SECONDS, wait_until
 
+pytestmark = pytest.mark.long
+
 MakeProxy = Callable[..., RunningProxy]
 
 

@@ -18,6 +18,8 @@ from tests.support.commands import PROXY, CommandServer
 from tests.support.process import RunningProxy
 from tests.support.waiting import WAIT_SECONDS
 
+pytestmark = pytest.mark.long
+
 MakeProxy = Callable[..., RunningProxy]
 CHAT = "/v1/chat/completions"
 

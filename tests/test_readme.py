@@ -23,6 +23,8 @@ from tests.support.commands import REPOSITORY, CommandServer, run_program
 from tests.support.process import RunningProxy
 from tests.support.upstream import FakeUpstream
 
+pytestmark = pytest.mark.long
+
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 LISTENING = "http://127.0.0.1:8000"
 HAS_CONSOLE = (REPOSITORY / "extras" / "console").is_dir()
