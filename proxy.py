@@ -1683,10 +1683,13 @@ class Caller(msgspec.Struct):
         """What the key may still spend, what its open requests hold not subtracted."""
         return CREDITS_MAX * 1000 if self.credit_limit is None else self.credit_limit - self.key_spent
 
+    def is_past(self, now: int) -> bool:
+        """Whether the day of the free credits is over."""
+        return self.free_expires_at is not None and now >= self.free_expires_at
+
     def lapsing(self, now: int) -> int:
         """Free credits that lapse now: past their day, those that no open request reserves. The one rule of it."""
-        is_past = self.free_expires_at is not None and now >= self.free_expires_at
-        return max(0, self.free - self.free_held) if is_past else 0
+        return max(0, self.free - self.free_held) if self.is_past(now) else 0
 
     def available(self, now: int) -> int:
         """What no open request holds, of the account's credits and of what the key may spend."""
@@ -1874,8 +1877,7 @@ def settle(db: Database, now: int, end: Resolution) -> Settled | None:
     caller, multiplier, held, reserved = found
     prompt, completion, estimated = end.bill or Bill(0, 0, False)
     charge = cost(prompt + completion, multiplier)
-    is_past = caller.free_expires_at is not None and now >= caller.free_expires_at
-    from_free = min(caller.free, charge, reserved if is_past else charge)
+    from_free = min(caller.free, charge, reserved if caller.is_past(now) else charge)
     caller.free -= from_free
     caller.free_held -= reserved
     row: dict[str, Any] = {
@@ -2848,8 +2850,7 @@ class Proxy:
             await self.identify(exchange, key_hash)
             raise
         exchange.model = model
-        usage_of = targets[0].upstream.usage_of
-        meter = Meter(api, ask.choices, ask.prompts, ask.wants_usage, usage_of)
+        meter = Meter(api, ask.choices, ask.prompts, ask.wants_usage)  # whose usage_of is the asked upstream's
         async with Hold(self.ledger, self.order(exchange, ask, model, key_hash), meter) as hold:  # 4
             exchange.hold, exchange.caller = hold, hold.caller
             try:
