@@ -416,7 +416,7 @@ class FreeCredits(msgspec.Struct, frozen=True):
 
 
 class Upstream(msgspec.Struct, frozen=True, dict=True):
-    """One upstream. Which environment variables it lacks is seen by what was not replaced."""
+    """One upstream, and how it is asked."""
 
     name: str
     base_url: str | None = None
@@ -450,17 +450,32 @@ class Upstream(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def missing(self) -> list[str]:
-        """Environment variables that are not set: the upstream is off."""
+        """Environment variables that are not set, so that they were not replaced: the upstream is off."""
         return VARIABLE.findall(" ".join((self.base_url or "", self.api_key or "", *self.headers.values())))
 
     @cached_property
-    def secrets(self) -> set[str]:
-        """What must reach nobody: the key, and the values of headers, with and without their scheme."""
-        values = [self.api_key or "", *self.headers.values()]
-        return {part for value in values for part in (value, value.split(" ")[-1]) if len(part) >= 4}
+    def url(self) -> str:
+        return (self.base_url or "").rstrip("/")
+
+    @cached_property
+    def request_headers(self) -> dict[str, str]:
+        """What it is sent of headers, and no others of the client's."""
+        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if self.api_key:
+            bearer = self.auth == "bearer"
+            headers["Authorization" if bearer else "x-api-key"] = ("Bearer " if bearer else "") + self.api_key
+        return headers | self.headers
+
+    @cached_property
+    def timeout(self) -> aiohttp.ClientTimeout:
+        return aiohttp.ClientTimeout(total=None, sock_connect=self.connect_seconds)
 
     def can_serve(self, api: Api) -> bool:
         return self.serves is None or api.path in self.serves or api.part_of in self.serves
+
+    def failure(self, code: str, what: str, **more: Any) -> Refusal:
+        """A refusal that lets the model's next upstream try."""
+        return Refusal(code, f'The upstream "{self.name}" {what}', moves_on=True, **more)
 
 
 HEADERS_NOT_FOR_CONFIG = ("host", "content-length", "transfer-encoding", "connection")
@@ -661,14 +676,6 @@ class Catalog(msgspec.Struct, frozen=True, dict=True):
             hint = f"Use {instead} instead." if instead else "GET /v1/models lists the models."
             raise Refusal("model_retired", f'The model "{model.name}" is retired. {hint}', param="model")
         return model
-
-    def retiring(self, now: float) -> Iterator[str]:
-        """A line for each model that retires within 30 days, or has."""
-        for model in self.models.values():
-            if model.deprecated and model.deprecated.sunset_within(SUNSET_NOTICE_DAYS * 86400, now):
-                verb = "retired" if model.deprecated.sunset_within(0, now) else "retires"
-                instead = f"; use {model.deprecated.replacement}" if model.deprecated.replacement else ""
-                yield f"{model.name} {verb} on {model.deprecated.sunset}{instead}"
 
 
 def load_catalog(config: Config) -> Catalog:
@@ -2385,7 +2392,6 @@ TO_CLIENT = ("Content-Type", "Cache-Control", "openai-processing-ms", "X-Accel-B
 KEEP_ALIVE = b": keep-alive\n"  # no empty line: after an `id:` openai-python takes one for an event
 ESCAPES = {"/": r"\\?/", '"': r'\\?"', "\\": r"\\{1,2}"}
 
-
 asking: contextvars.ContextVar[Hold | None] = contextvars.ContextVar("asking", default=None)
 
 
@@ -2411,99 +2417,45 @@ def is_ready(descriptor: int, what: int) -> bool:
     return bool(poll.poll(0))
 
 
-class Target:
-    """Where and how an upstream is asked: built once. Headers are these and no others of the client's."""
-
-    def __init__(self, upstream: Upstream, base_url: str) -> None:
-        self.upstream = upstream
-        self.base_url = base_url.rstrip("/")
-        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
-        if upstream.api_key:
-            bearer = upstream.auth == "bearer"
-            headers["Authorization" if bearer else "x-api-key"] = ("Bearer " if bearer else "") + upstream.api_key
-        self.headers = {**headers, **upstream.headers}
-        self.timeout = aiohttp.ClientTimeout(total=None, sock_connect=upstream.connect_seconds)
-        self.cooling_until = 0.0
-        self.reached: bool | None = None  # by the last probe or request; None before the first
-        self.no_usage_said = float("-inf")
-
-    @property
-    def off(self) -> str:
-        """Why it is never asked, if it is not."""
-        if self.upstream.missing:
-            return f"the environment variable {self.upstream.missing[0]} is not set"
-        return "" if self.base_url else "extras/echo.py is not there"
-
-    @property
-    def is_there(self) -> bool:
-        return not self.off and self.reached is not False
-
-    def failure(self, code: str, what: str, **more: Any) -> Refusal:
-        """A refusal that lets the model's next upstream try."""
-        return Refusal(code, f'The upstream "{self.upstream.name}" {what}', moves_on=True, **more)
+def secret_pattern(upstreams: Iterable[Upstream]) -> re.Pattern[bytes]:
+    """Finds what must reach nobody: keys and the values of headers, with and without their scheme, also as JSON may
+    escape them."""
+    values = [value for upstream in upstreams for value in (upstream.api_key or "", *upstream.headers.values())]
+    secrets = {part for value in values for part in (value, value.split(" ")[-1]) if len(part) >= 4}
+    spelled = (
+        "".join(f"(?:{ESCAPES.get(c, re.escape(c))}|\\\\u{ord(c):04x})" for c in secret)
+        for secret in sorted(secrets, key=len, reverse=True)
+    )
+    return re.compile("|".join(spelled).encode() or rb"(?!)", re.IGNORECASE)
 
 
-def secret_pattern(upstreams: Iterable[Upstream]) -> re.Pattern[bytes] | None:
-    """Finds every configured secret, also as JSON may escape it."""
-    secrets = sorted({secret for upstream in upstreams for secret in upstream.secrets}, key=len, reverse=True)
-    spelled = ("".join(f"(?:{ESCAPES.get(c, re.escape(c))}|\\\\u{ord(c):04x})" for c in secret) for secret in secrets)
-    return re.compile("|".join(spelled).encode(), re.IGNORECASE) if secrets else None
-
-
-def judge_status(target: Target, status: int, retry: str | None, body: bytes, api: Api) -> Refusal:
-    """What an upstream's refusal means for the client. 401, 402, 403 and 407 are about our key, not the client's.
-
-    `body` is without our secrets. It passes on if it has the shape that the API's clients read."""
-    name = target.upstream.name
-    wait = retry_after(int(retry)) if retry and re.fullmatch(r"[0-9]{1,9}", retry) else {}
-    if status == 503:
-        return target.failure("upstream_unavailable", "is not available at the moment. Try again later.", headers=wait)
-    if status < 400 or status >= 500 or status in (401, 402, 403, 407):
-        return target.failure("upstream_error", f"answered with status {status}. Try again later.")
-    said = error_message(body)
-    own = body if has_shape(api, body) else None
-    message = said or f'The upstream "{name}" refused the request with status {status}.'
-    if status == 404 and own is None:
-        message = f'The upstream "{name}" has nothing at /{api.path}: it may not serve this API. {said}'
-    code = "rate_limit_exceeded" if status == 429 else "upstream_refused"
-    return Refusal(code, message, status=status, headers=wait, body=own, moves_on=status == 429)
-
-
-def has_shape(api: Api, body: bytes) -> bool:
+def read_error(api: Api, body: bytes) -> tuple[str, bytes | None]:
+    """The sentence in an upstream's error, whatever its shape; and the body itself, if the API's clients read it."""
     try:
-        return api.is_error(msgspec.json.decode(body))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError):
-        return False
-
-
-def error_message(body: bytes) -> str:
-    """The sentence in an upstream's error, whatever its shape; "" if there is none."""
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         value = msgspec.json.decode(body)
-        error = value.get("error") or value.get("detail") or value.get("message") if isinstance(value, dict) else None
-        said = error.get("message") if isinstance(error, dict) else error
-        return said if isinstance(said, str) else ""
-    return ""
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return "", None
+    own = None
+    with contextlib.suppress(LookupError, TypeError):
+        own = body if api.is_error(value) else None
+    error = value.get("error") or value.get("detail") or value.get("message") if isinstance(value, dict) else None
+    said = error.get("message") if isinstance(error, dict) else error
+    return (said if isinstance(said, str) else ""), own
 
 
 class Answer:
     """An upstream's answer that has begun: a stream with its first events, or a whole body. Owns the response's end."""
 
-    def __init__(self, response: aiohttp.ClientResponse, target: Target) -> None:
+    def __init__(self, exchange: Exchange, response: aiohttp.ClientResponse, upstream: Upstream) -> None:
+        self.exchange = exchange
         self.response = response
-        self.target = target
-        self.splitter = Splitter()
+        self.upstream = upstream
         self.is_stream = response.content_type == "text/event-stream"
+        self.splitter = Splitter()
         self.first_block = b""
         self.body = b""
         self.tally: Meter
         self.is_error = False
-
-    async def __aenter__(self) -> Answer:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Back to the pool if the answer was read to its end, else cut: the upstream stops generating."""
@@ -2512,21 +2464,23 @@ class Answer:
         else:
             self.response.close()
 
-    async def next_block(self, exchange: Exchange) -> bytes:
+    async def read(self) -> bytes:
+        """What came; nothing at the end. After the first byte an upstream may be silent for less long."""
+        read = await self.response.content.readany()
+        self.exchange.heard_at, self.exchange.patience = time.monotonic(), self.upstream.idle_seconds
+        return read
+
+    async def next_block(self) -> bytes:
         """The whole events of the next read that completes one; nothing at the end of the answer."""
-        while read := await self.response.content.readany():
-            exchange.received += 1
-            exchange.patience = self.target.upstream.idle_seconds
+        while read := await self.read():
             if block := self.splitter.feed(read):
                 return block
         return b""
 
-    async def read_whole(self, exchange: Exchange, bytes_max: int, keep: Callable[[int], None]) -> bytes:
+    async def read_whole(self, bytes_max: int, keep: Callable[[int], None]) -> bytes:
         """The body, read piece by piece so that silence can be told from a long answer."""
         pieces, size = [], 0
-        while read := await self.response.content.readany():
-            exchange.received += 1
-            exchange.patience = self.target.upstream.idle_seconds
+        while read := await self.read():
             keep(len(read))
             pieces.append(read)
             size += len(read)
@@ -2535,16 +2489,8 @@ class Answer:
         return b"".join(pieces)
 
 
-class Still:
-    """For how long a number has not changed, looked at now and then."""
-
-    def __init__(self) -> None:
-        self.value, self.since = -1, 0.0
-
-    def seconds(self, value: int, now: float) -> float:
-        if value != self.value:
-            self.value, self.since = value, now
-        return now - self.since
+class ClientGone(asyncio.CancelledError):
+    """A write found that nobody is there: what was to be written was not sent."""
 
 
 class Exchange:
@@ -2554,7 +2500,7 @@ class Exchange:
         self.id = request_id
         self.request = request
         self.task = asyncio.current_task()
-        self.started = time.perf_counter()
+        self.started = time.monotonic()
         self.api = CHAT  # whose shape an error has
         self.caller: Caller | None = None
         self.model: Model | None = None
@@ -2563,18 +2509,13 @@ class Exchange:
         self.writer: AbstractStreamWriter | None = None
         self.status = 499
         self.outcome = "client_gone"
-        self.first_byte: float | None = None
+        self.first_byte_ms: int | None = None
         self.memory = 0  # bytes of a large body, or a whole answer
         # What the watch looks at.
         self.waits = False  # for the upstream or the client, and may be interrupted
         self.patience = float("inf")  # seconds without a byte of the upstream's
-        self.received = self.sent = 0  # reads and writes so far
-        self.received_still, self.sent_still = Still(), Still()
+        self.heard_at = self.sent_at = self.started
         self.interruption: Refusal | None = None
-
-    @property
-    def first_byte_ms(self) -> int | None:
-        return None if self.first_byte is None else round(1000 * (self.first_byte - self.started))
 
     def interrupt(self, why: Refusal) -> None:
         """End the wait that the exchange is in; `why` is raised there."""
@@ -2584,8 +2525,7 @@ class Exchange:
 
     def waiting(self, patience: float = float("inf")) -> Exchange:
         """`with` it, the exchange waits for others, and may be interrupted."""
-        self.patience = patience
-        self.received += 1
+        self.patience, self.heard_at = patience, time.monotonic()
         return self
 
     def __enter__(self) -> None:
@@ -2598,31 +2538,20 @@ class Exchange:
             why, self.interruption = self.interruption, None
             raise why from None
 
-    async def send(self, data: bytes) -> None:
-        """Write to the client, its headers first. A client that is gone is a cancellation, however it is noticed."""
-        try:
-            await (self.writer or await self.begin()).write(data)
-        except ConnectionError as error:
-            raise ClientGone(error) from None
-        self.sent += 1
-
-    async def begin(self) -> AbstractStreamWriter:
-        """Write the headers. A body is written past `web.StreamResponse`, which is a layer less a chunk."""
-        assert self.client is not None
-        self.writer = await self.client.prepare(self.request)
-        assert self.writer is not None
-        self.first_byte = self.first_byte or time.perf_counter()
-        return self.writer
-
-    async def send_end(self, data: bytes = b"") -> None:
-        """Write the rest of the answer and its end in one piece."""
+    async def send(self, data: bytes, is_end: bool = False) -> None:
+        """Write to the client, its headers first; past `web.StreamResponse`, which is a layer less a chunk. A client
+        that is gone is a cancellation, however it is noticed."""
         assert self.client is not None
         try:
             if self.writer is None:
-                await self.begin()
-            await self.client.write_eof(data)
+                self.writer = await self.client.prepare(self.request)
+                assert self.writer is not None
+                self.first_byte_ms = round(1000 * (time.monotonic() - self.started))
+            await (self.client.write_eof(data) if is_end else self.writer.write(data))
         except ConnectionError as error:
-            raise ClientGone(error) from None
+            traceback.clear_frames(error.__traceback__)  # as in `Proxy.answer`
+            raise ClientGone from None
+        self.sent_at = time.monotonic()
 
     def end_uncleanly(self) -> None:
         """Close the connection without the body's last chunk, which every client sees as broken; flush first."""
@@ -2630,15 +2559,6 @@ class Exchange:
         if transport is not None:
             transport.close()
             asyncio.get_running_loop().call_later(FRAME_SECONDS, transport.abort)
-
-
-class ClientGone(asyncio.CancelledError):
-    """A write found that nobody is there: what was to be written was not sent. The error's frames are let go, as in
-    `Proxy.answer`."""
-
-    def __init__(self, error: ConnectionError) -> None:
-        super().__init__()
-        traceback.clear_frames(error.__traceback__)
 
 
 # ---- Server ---------------------------------------------------------------------------------------------------------
@@ -2650,8 +2570,7 @@ def authenticate(request: web.BaseRequest) -> bytes:
     for value in request.headers.getall("Authorization", []):
         scheme, _, key = value.partition(" ")
         keys = [*keys, key if scheme == "Bearer" else ""]
-    well = [bool(key) and " " not in key and key.isascii() and key.isprintable() for key in keys]
-    if not keys or not all(well):
+    if not keys or not all(key and " " not in key and key.isascii() and key.isprintable() for key in keys):
         message = "Send the header `Authorization: Bearer KEY`, or `x-api-key: KEY`, with your API key."
         raise Refusal("missing_api_key", message)
     if len(set(keys)) > 1:
@@ -2698,36 +2617,40 @@ class Proxy:
     """The server: its parts, and the handlers that use them."""
 
     def __init__(self, config: Config, catalog: Catalog, log: Log, echo_url: str = "") -> None:
-        self.config = config
-        self.catalog = catalog
+        self.config, self.catalog = config, catalog
         self.log = log
         self.echo_url = echo_url
         self.ledger = Ledger(config, log.say)
-        self.targets: dict[str, Target] = {}
-        self.aim()
+        self.secrets = secret_pattern(config.upstreams.values())
+        self.reached: dict[str, bool] = {}  # each upstream, by the last probe or request
+        self.cooling_until: dict[str, float] = {}
+        self.no_usage_said: dict[str, float] = {}
         self.companions: dict[str, Callable[[Exchange], Any]] = {}  # pages of extras/, by path
         self.metrics: Any = None
+        self.console: Any = None
         self.exchanges: set[Exchange] = set()
         self.memory: dict[int, int] = {}  # bytes of large bodies and whole answers, by account
         self.draining = False
         self.files = self.files_seen = file_state(config)
-        self.console: Any = None
         self.server: Server
         self.session: aiohttp.ClientSession
         self.base_url = ""
 
-    def aim(self) -> None:
-        """Build what is new or changed among the targets of the upstreams."""
-        old, self.targets = self.targets, {}
-        for name, upstream in self.config.upstreams.items():
-            known = old.get(name)
-            base_url = self.echo_url if upstream.builtin else upstream.base_url or ""
-            self.targets[name] = known if known and known.upstream == upstream else Target(upstream, base_url)
-        self.secrets = secret_pattern(self.config.upstreams.values())
-
     def redact(self, data: bytes) -> bytes:
         """What came from an upstream and is no answer, without any secret of config.yaml."""
-        return self.secrets.sub(b"[redacted]", data) if self.secrets else data
+        return self.secrets.sub(b"[redacted]", data)
+
+    def why_off(self, upstream: Upstream) -> str:
+        """Why an upstream is never asked, if it is not."""
+        if upstream.missing:
+            return f"the environment variable {upstream.missing[0]} is not set"
+        return "extras/echo.py is not there" if upstream.builtin and not self.echo_url else ""
+
+    def is_there(self, upstream: Upstream) -> bool:
+        return not self.why_off(upstream) and self.reached.get(upstream.name, True)
+
+    def upstreams_of(self, model: Model) -> list[Upstream]:
+        return [self.config.upstreams[name] for name in model.upstreams if name in self.config.upstreams]
 
     def count(self, what: str, *labels: str) -> None:
         if self.metrics is not None:
@@ -2741,7 +2664,7 @@ class Proxy:
             response = exchange.client = await self.respond(exchange)
             if not response.prepared:
                 with exchange.waiting():
-                    await exchange.send_end()
+                    await exchange.send(b"", is_end=True)
             return response
         except Refusal:  # the server stops, and the client does not read
             exchange.end_uncleanly()
@@ -2773,10 +2696,15 @@ class Proxy:
             exchange.end_uncleanly()
             return exchange.client
         exchange.caller = exchange.caller or refusal.caller
-        exchange.status = refusal.status
-        headers = {**self.headers(exchange), **refusal.headers, "Content-Type": "application/json"}
         body = refusal.body or encode_json(exchange.api.error(refusal, request_name(exchange.id)))
-        return web.Response(status=refusal.status, body=body, headers=headers)
+        return self.show(exchange, body, refusal.status, refusal.headers)
+
+    def show(self, exchange: Exchange, value: Any, status: int = 200, more: Mapping[str, str] = {}) -> web.Response:
+        """A whole answer of ours: bytes, or a value as JSON."""
+        exchange.status = status
+        headers = {**self.headers(exchange), "Content-Type": "application/json", **more}
+        body = value if isinstance(value, bytes) else encode_json(value)
+        return web.Response(status=status, body=body, headers=headers)
 
     def headers(self, exchange: Exchange) -> dict[str, str]:
         """The headers of every answer: what is known of key and model by now."""
@@ -2811,7 +2739,7 @@ class Proxy:
             await self.identify(exchange, authenticate(exchange.request))
         if self.draining:
             raise shutting_down()
-        handler = {
+        handler: Callable[[Exchange], Any] | None = {
             "/health": self.show_health,
             "/v1/models": self.list_models,
             "/api/billing/subscription": self.show_subscription,
@@ -2820,16 +2748,15 @@ class Proxy:
         if private and name.startswith("models/"):
             handler = partial(self.show_model, name=name.removeprefix("models/"))
         if handler is None and not private and self.console is not None:
-            return typing.cast(web.StreamResponse, await self.console.answer(exchange))
-        if private and name.startswith("responses/") and not api:
-            raise Refusal("not_found", "Responses are not stored here, so there is none to get or delete.")
-        if handler is None and not api:
-            raise Refusal("not_found", f"There is nothing at {quoted(path)}. {LIST_OF_APIS}")
-        if api or method not in ("GET", "HEAD"):
+            handler = self.console.answer
+        elif api or (handler is not None and method not in ("GET", "HEAD")):
             allowed = "POST" if api else "GET, HEAD"
             message = f"{path} takes {allowed}, not {quoted(method)}."
             raise Refusal("method_not_allowed", message, headers={"Allow": allowed})
-        assert handler is not None
+        if handler is None:
+            stored = "Responses are not stored here, so there is none to get or delete."
+            message = f"There is nothing at {quoted(path)}. {LIST_OF_APIS}"
+            raise Refusal("not_found", stored if private and name.startswith("responses/") else message)
         response: web.StreamResponse = await handler(exchange)
         return response
 
@@ -2838,23 +2765,19 @@ class Proxy:
         key_hash = authenticate(exchange.request)  # 1
         try:
             raw = await self.read_body(exchange, key_hash)
-            ask = (
-                await asyncio.to_thread(parse_request, api, raw)
-                if len(raw) > PARSED_ASIDE_BYTES
-                else parse_request(api, raw)
-            )  # 2
+            aside = len(raw) > PARSED_ASIDE_BYTES
+            ask = await asyncio.to_thread(parse_request, api, raw) if aside else parse_request(api, raw)  # 2
             if ask.model not in self.catalog.names:
                 await self.identify(exchange, key_hash)  # before near names are looked for
-            model, targets = self.find_model(ask)  # 3
+            exchange.model = model = self.find_model(ask)  # 3
         except Refusal:
             await self.identify(exchange, key_hash)
             raise
-        exchange.model = model
         meter = Meter(api, ask.choices, ask.prompts, ask.wants_usage)  # whose usage_of is the asked upstream's
         async with Hold(self.ledger, self.order(exchange, ask, model, key_hash), meter) as hold:  # 4
             exchange.hold, exchange.caller = hold, hold.caller
             try:
-                async with await self.open_upstream(exchange, ask, targets) as answer:  # 5
+                with contextlib.closing(await self.open_upstream(exchange, ask)) as answer:  # 5
                     del raw, ask
                     if answer.is_stream:
                         await self.relay_stream(exchange, answer, hold)  # 6, 7
@@ -2867,19 +2790,18 @@ class Proxy:
         assert exchange.client is not None
         return exchange.client
 
-    def find_model(self, ask: Ask) -> tuple[Model, list[Target]]:
-        """The model, and those of its upstreams that serve the API."""
+    def find_model(self, ask: Ask) -> Model:
+        """The model, some upstream of which serves the API."""
         model = self.catalog.find(ask.model, time.time())
         if not model.takes(ask.api):
             kind = f'The model "{model.name}" is of the kind {model.kind}, which /v1/{ask.api.path} is not for.'
             raise Refusal("validation_failed", kind, param="model", top={"errors": {"model": [kind]}})
-        targets = [self.targets[name] for name in model.upstreams if name in self.targets]
-        serving = [target for target in targets if target.upstream.can_serve(ask.api)]
-        if not serving:
-            served = sorted({path for target in targets for path in target.upstream.serves or ()})
+        upstreams = self.upstreams_of(model)
+        if not any(upstream.can_serve(ask.api) for upstream in upstreams):
+            served = sorted({path for upstream in upstreams for path in upstream.serves or ()})
             message = f'The model "{model.name}" does not take /v1/{ask.api.path}. It takes {", ".join(served)}.'
             raise Refusal("not_found", message, param="model")
-        return model, serving
+        return model
 
     def order(self, exchange: Exchange, ask: Ask, model: Model, key_hash: bytes) -> Order:
         prompt = model.prompt_tokens(ask)
@@ -2908,24 +2830,21 @@ class Proxy:
         request, content = exchange.request, exchange.request.content
         if content.is_eof() and content.total_bytes <= KEY_CHECKED_FIRST_BYTES:
             return content.read_nowait()
-        body = bytearray()
-        elements = 0
+        body, elements, most = bytearray(), 0, self.config.max_body_mb
         started = asyncio.get_running_loop().time()
         try:
             with exchange.waiting():
                 async with asyncio.timeout(BODY_SECONDS) as limit:
                     while True:
                         expected = max(request.content_length or 0, len(body))
-                        if expected > self.config.max_body_mb * 1024**2:
-                            most = self.config.max_body_mb
+                        if expected > most * 1024**2:
                             raise Refusal("body_too_large", f"The request body is larger than {most} MB.")
                         if expected > KEY_CHECKED_FIRST_BYTES:
                             await self.admit_large(exchange, key_hash, len(body))
                         if not body and request.headers.get("Expect", "").lower() == "100-continue":
                             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                             request.writer.output_size = 0
-                        read = await content.readany()
-                        if not read:
+                        if not (read := await content.readany()):
                             return body
                         body += read
                         elements += sum(map(read.count, (b"{", b"[", b",")))
@@ -2955,15 +2874,14 @@ class Proxy:
         assert exchange.caller is not None
         account_id = exchange.caller.account_id
         mine = self.memory.get(account_id, 0) + size
-        total = sum(self.memory.values()) + size
         alone = exchange.memory + size
         if mine > max(alone, MEMORY_BYTES_MAX // 4):
             message = "Large requests of this account are under way. Wait for one to end."
             raise Refusal("too_many_parallel_requests", message, headers=retry_after(1), top={"retry_after": 1})
-        if total > max(alone, MEMORY_BYTES_MAX):
+        if sum(self.memory.values()) + size > max(alone, MEMORY_BYTES_MAX):
             raise Refusal("overloaded", "Too many large requests are under way. Try again.", headers=retry_after(1))
         self.memory[account_id] = mine
-        exchange.memory += size
+        exchange.memory = alone
 
     def release(self, exchange: Exchange) -> None:
         if exchange.memory and exchange.caller is not None:
@@ -2974,70 +2892,66 @@ class Proxy:
 
     # -- opening an upstream
 
-    async def open_upstream(self, exchange: Exchange, ask: Ask, targets: list[Target]) -> Answer:
+    async def open_upstream(self, exchange: Exchange, ask: Ask) -> Answer:
         """The first answer that begins, of the model's upstreams in order. An upstream that just failed to connect
         is left out while there is another. The last refusal is the client's."""
-        now = asyncio.get_running_loop().time()
-        hold, model = exchange.hold, exchange.model
+        hold, model, now = exchange.hold, exchange.model, time.monotonic()
         assert hold is not None and model is not None
-        for target in [t for t in targets if t.cooling_until <= now] or targets:
-            body = forward_body(ask, model, target.upstream, hold.lowered_to)
+        serving = [upstream for upstream in self.upstreams_of(model) if upstream.can_serve(ask.api)]
+        for upstream in [u for u in serving if self.cooling_until.get(u.name, 0) <= now] or serving:
+            name = hold.upstream = upstream.name
+            hold.meter.usage_of = upstream.usage_of
             try:
-                answer = await self.ask_upstream(exchange, ask, target, body)
+                if off := self.why_off(upstream):
+                    headers = {"x-should-retry": "false"}
+                    raise upstream.failure("upstream_unavailable", f"is off: {off}.", headers=headers)
+                with exchange.waiting(upstream.first_byte_seconds):
+                    response = await self.post(exchange, ask, upstream, hold.lowered_to)
+                    self.reached[name] = True
+                    answer = await self.begin_answer(exchange, Answer(exchange, response, upstream))
                 if answer.is_stream:
                     self.release(exchange)
                 return answer
-            except Refusal as refusal:
-                self.count("failures", target.upstream.name, refusal.code)
-                last = refusal
-                hold.sent = False
-                if not refusal.moves_on or (exchange.client and exchange.client.prepared):
-                    break
-                exchange.client = None  # of an answer that did not begin
-        raise last
+            except Refusal as error:
+                refusal = error
+            except Exception as error:
+                self.log.broken(exchange, error)
+                if hold.sent:
+                    refusal = upstream.failure("upstream_error", "broke before it began to answer. Try again.")
+                else:
+                    self.reached[name] = False
+                    self.cooling_until[name] = time.monotonic() + COOLDOWN_SECONDS
+                    self.log.say(f"upstream {name} skipped for {COOLDOWN_SECONDS} s where another is there")
+                    refusal = upstream.failure("upstream_unavailable", "cannot be connected to. Try again later.")
+            self.count("failures", name, refusal.code)
+            hold.sent = False
+            if not refusal.moves_on or (exchange.client and exchange.client.prepared):
+                break
+            exchange.client = None  # of an answer that did not begin
+        raise refusal
 
-    async def ask_upstream(self, exchange: Exchange, ask: Ask, target: Target, body: bytes) -> Answer:
-        """One upstream's answer, begun; a Refusal that moves on if there is none, for whatever reason."""
-        upstream = target.upstream
-        assert exchange.hold is not None
-        exchange.hold.upstream = upstream.name
-        exchange.hold.meter.usage_of = upstream.usage_of
-        if target.off:
-            headers = {"x-should-retry": "false"}
-            raise target.failure("upstream_unavailable", f"is off: {target.off}.", headers=headers)
-        try:
-            with exchange.waiting(upstream.first_byte_seconds):
-                response = await self.post(exchange, ask, target, body)
-                target.reached = True
-                return await self.begin_answer(exchange, Answer(response, target))
-        except Refusal:
-            raise
-        except Exception as error:
-            self.log.broken(exchange, error)
-            if exchange.hold.sent:
-                raise target.failure("upstream_error", "broke before it began to answer. Try again.") from None
-            target.reached = False
-            target.cooling_until = asyncio.get_running_loop().time() + COOLDOWN_SECONDS
-            self.log.say(f"upstream {upstream.name} skipped for {COOLDOWN_SECONDS} s where another is there")
-            raise target.failure("upstream_unavailable", "cannot be connected to. Try again later.") from None
-
-    async def post(self, exchange: Exchange, ask: Ask, target: Target, body: bytes) -> aiohttp.ClientResponse:
+    async def post(
+        self, exchange: Exchange, ask: Ask, upstream: Upstream, max_tokens: int | None
+    ) -> aiohttp.ClientResponse:
         """Send the request; once more if the connection, which was pooled, turns out to be dead."""
-        hold, request = exchange.hold, exchange.request
-        assert hold is not None
-        url = f"{target.base_url}/{ask.api.path}"
+        assert exchange.model is not None
+        request, body = exchange.request, forward_body(ask, exchange.model, upstream, max_tokens)
+        url = f"{self.echo_url if upstream.builtin else upstream.url}/{ask.api.path}"
         if ask.api.passes_query and request.query_string:
             url += f"?{request.query_string}"
         headers = {"Accept": request.headers.get("Accept", "*/*")}
         headers |= {n: v for n, v in request.headers.items() if n.lower().startswith("anthropic-") and v.isprintable()}
-        headers |= target.headers
-
-        send = partial(self.session.post, URL(url, encoded=True), headers=headers, timeout=target.timeout)
-        asking.set(hold)
+        send = partial(
+            self.session.post,
+            URL(url, encoded=True),
+            headers=headers | upstream.request_headers,
+            timeout=upstream.timeout,
+            allow_redirects=False,
+        )
+        asking.set(exchange.hold)
         for tries_left in (1, 0):
-            data = body if len(body) <= UPLOAD_WHOLE_BYTES else io.BytesIO(body)  # which waits for the upstream
-            try:
-                return await send(data=data, allow_redirects=False)
+            try:  # a large body is sent in pieces, as the upstream takes it
+                return await send(data=body if len(body) <= UPLOAD_WHOLE_BYTES else io.BytesIO(body))
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 if not tries_left or isinstance(error, aiohttp.ClientConnectorError):
                     raise
@@ -3045,17 +2959,18 @@ class Proxy:
 
     async def begin_answer(self, exchange: Exchange, answer: Answer) -> Answer:
         """Wait for what shows that an answer is one: its first event that says something, or its whole body."""
+        assert exchange.hold is not None
         try:
             if answer.response.status != 200:
                 raise await self.refused(exchange, answer)
             if not answer.is_stream:
-                answer.body = await answer.read_whole(exchange, ANSWER_BYTES_MAX, partial(self.keep, exchange))
-                answer.tally = exchange.hold.meter.copy()  # type: ignore[union-attr]
+                answer.body = await answer.read_whole(ANSWER_BYTES_MAX, partial(self.keep, exchange))
+                answer.tally = exchange.hold.meter.copy()
                 answer.is_error = answer.tally.feed_whole(answer.body)
                 return answer
             exchange.client = self.start_response(exchange, answer)
             while not DATA_LINE.search(answer.first_block):
-                if not (block := await answer.next_block(exchange)):
+                if not (block := await answer.next_block()):
                     raise BrokenStream("it ended before its first event")
                 answer.first_block += block
                 if len(answer.first_block) > EVENT_BYTES_MAX:
@@ -3066,17 +2981,29 @@ class Proxy:
         return answer
 
     async def refused(self, exchange: Exchange, answer: Answer) -> Refusal:
-        """An upstream's status that is no success: what it says goes into the log, or to the client, never both."""
-        response, target = answer.response, answer.target
-        body = b""
+        """What an upstream's status that is no success means for the client. What it says goes into the log, or to the
+        client, never both. 401, 402, 403 and 407 are about our key, not the client's."""
+        status, upstream, body = answer.response.status, answer.upstream, b""
         with contextlib.suppress(BrokenStream):  # a body too long to pass on; the status says enough
-            body = self.redact(await answer.read_whole(exchange, ERROR_BYTES_MAX, lambda size: None))
-        retry = response.headers.get("Retry-After")
-        refusal = judge_status(target, response.status, retry, body, exchange.api)
+            body = self.redact(await answer.read_whole(ERROR_BYTES_MAX, lambda size: None))
+        said, own = read_error(exchange.api, body)
+        retry = answer.response.headers.get("Retry-After", "")
+        wait = retry_after(int(retry)) if re.fullmatch(r"[0-9]{1,9}", retry) else {}
+        if 400 <= status < 500 and status not in (401, 402, 403, 407):
+            code = "rate_limit_exceeded" if status == 429 else "upstream_refused"
+            message = said or f'The upstream "{upstream.name}" refused the request with status {status}.'
+            if status == 404 and own is None:
+                where = f'The upstream "{upstream.name}" has nothing at /{exchange.api.path}'
+                message = f"{where}: it may not serve this API. {said}"
+            refusal = Refusal(code, message, status=status, headers=wait, body=own, moves_on=status == 429)
+        elif status == 503:
+            what = "is not available at the moment. Try again later."
+            refusal = upstream.failure("upstream_unavailable", what, headers=wait)
+        else:
+            refusal = upstream.failure("upstream_error", f"answered with status {status}. Try again later.")
         if refusal.moves_on:
-            said = " ".join((error_message(body) or body.decode(errors="replace")).split())[:300]
-            name = request_name(exchange.id)
-            self.log.say(f"{name} upstream {target.upstream.name} answered with status {response.status}: {said}")
+            words = " ".join((said or body.decode(errors="replace")).split())[:300]
+            self.log.say(f"{request_name(exchange.id)} upstream {upstream.name} answered with status {status}: {words}")
         return refusal
 
     def start_response(self, exchange: Exchange, answer: Answer) -> web.StreamResponse:
@@ -3087,7 +3014,7 @@ class Proxy:
             headers |= {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         for name in TO_CLIENT:
             value = answer.response.headers.get(name, "")
-            if value and value.isprintable() and self.redact(value.encode()) == value.encode():
+            if value and value.isprintable() and not self.secrets.search(value.encode()):
                 headers[name] = value
         wait = answer.response.headers.get("Retry-After", "")
         if re.fullmatch(r"[0-9]{1,2}", wait) and int(wait) <= RETRY_AFTER_SECONDS_MAX:
@@ -3104,9 +3031,8 @@ class Proxy:
 
     async def relay_whole(self, exchange: Exchange, answer: Answer, hold: Hold) -> None:
         """An answer that came whole: covered, settled, then handed over."""
-        response = self.start_response(exchange, answer)
+        response, tally = self.start_response(exchange, answer), answer.tally
         assert isinstance(response, web.Response)
-        tally = answer.tally
         if not await hold.cover_bill(tally):
             hold.sent = False  # nobody gets the answer, so nobody pays for it
             raise self.used_up(hold)
@@ -3120,7 +3046,7 @@ class Proxy:
         response.body = self.redact(answer.body) if answer.is_error else answer.body
         exchange.client = response
         with exchange.waiting():
-            await exchange.send_end()
+            await exchange.send(b"", is_end=True)
 
     async def relay_stream(self, exchange: Exchange, answer: Answer, hold: Hold) -> None:
         """Whole events as they come, one write a read, until the closing event, the upstream's end, or a failure.
@@ -3128,7 +3054,7 @@ class Proxy:
         A block is counted on a copy of the meter, covered, and sent; then the copy stands for what is owed."""
         block, content, splitter = answer.first_block, answer.response.content, answer.splitter
         try:
-            with exchange.waiting(answer.target.upstream.idle_seconds):
+            with exchange.waiting(answer.upstream.idle_seconds):
                 while True:
                     tally = hold.meter.copy()
                     out, last = tally.feed(block)
@@ -3147,8 +3073,8 @@ class Proxy:
                     if tally.over or tally.broken:
                         break
                     block = b""
-                    while not block and (read := await content.readany()):  # `answer.next_block`, a layer less
-                        exchange.received += 1
+                    while not block and (read := await content.readany()):  # `answer.next_block`, two layers less
+                        exchange.heard_at = time.monotonic()
                         block = splitter.feed(read)
                     if not block:
                         break
@@ -3156,13 +3082,13 @@ class Proxy:
             raise
         except asyncio.CancelledError:
             if hold.meter.finished and not hold.meter.usage:
-                await self.read_usage(exchange, answer, hold.meter)
+                await self.read_usage(answer, hold.meter)
             raise
         except (aiohttp.ClientError, OSError, BrokenStream) as error:
             self.log.broken(exchange, error)
-            raise answer.target.failure("upstream_error", "broke off its answer.") from None
+            raise answer.upstream.failure("upstream_error", "broke off its answer.") from None
         if not hold.meter.ended and not hold.meter.broken:
-            raise answer.target.failure("upstream_error", "ended its answer without finishing it.")
+            raise answer.upstream.failure("upstream_error", "ended its answer without finishing it.")
         await self.end_stream(exchange, answer, hold, last)
 
     async def send_covered(self, exchange: Exchange, hold: Hold, block: bytes) -> Refusal:
@@ -3193,26 +3119,26 @@ class Proxy:
         await hold.settle()
         with exchange.waiting():
             if not hold.meter.broken:
-                await exchange.send_end(last)
+                await exchange.send(last, is_end=True)
                 return
             await exchange.send(self.redact(last))
             exchange.end_uncleanly()
 
     def note_usage(self, answer: Answer, hold: Hold) -> None:
         """Name an upstream that sends no usage: its charges are estimates."""
-        target, now = answer.target, time.monotonic()
         if hold.outcome != "ok" or hold.meter.usage or not hold.meter.api.priced:
             return
-        self.count("no_usage", target.upstream.name)
-        if now - target.no_usage_said >= NO_USAGE_SECONDS:
-            target.no_usage_said = now
-            self.log.say(f"upstream {target.upstream.name} sends no usage: what it answers is charged by estimates")
+        name, now = answer.upstream.name, time.monotonic()
+        self.count("no_usage", name)
+        if now - self.no_usage_said.get(name, -NO_USAGE_SECONDS) >= NO_USAGE_SECONDS:
+            self.no_usage_said[name] = now
+            self.log.say(f"upstream {name} sends no usage: what it answers is charged by estimates")
 
-    async def read_usage(self, exchange: Exchange, answer: Answer, meter: Meter) -> None:
+    async def read_usage(self, answer: Answer, meter: Meter) -> None:
         """The client is gone but the answer had finished: its usage is about to come."""
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, BrokenStream):
             async with asyncio.timeout(CLIENT_GONE_USAGE_SECONDS):
-                while not meter.usage and not meter.over and (block := await answer.next_block(exchange)):
+                while not meter.usage and not meter.over and (block := await answer.next_block()):
                     meter.feed(block)
 
     async def break_off(self, exchange: Exchange, hold: Hold, refusal: Refusal) -> None:
@@ -3230,11 +3156,6 @@ class Proxy:
         exchange.end_uncleanly()
 
     # -- the other endpoints
-
-    def show(self, exchange: Exchange, value: Any) -> web.Response:
-        exchange.status = 200
-        headers = {**self.headers(exchange), "Content-Type": "application/json"}
-        return web.Response(body=encode_json(value), headers=headers)
 
     def active(self, exchange: Exchange) -> Caller:
         assert exchange.caller is not None
@@ -3256,8 +3177,6 @@ class Proxy:
 
     def describe(self, model: Model) -> dict[str, Any]:
         """A model as GET /v1/models shows it."""
-        deprecated = model.deprecation(time.time())
-        targets = [self.targets[name] for name in model.upstreams if name in self.targets]
         return {
             "id": model.name,
             "object": "model",
@@ -3267,8 +3186,8 @@ class Proxy:
             "tier": model.tier,
             "kind": model.kind or "chat",
             "context_window": model.context_window,
-            "deprecated": deprecated,
-            "available": any(target.is_there for target in targets),
+            "deprecated": model.deprecation(time.time()),
+            "available": any(map(self.is_there, self.upstreams_of(model))),
         }
 
     async def show_subscription(self, exchange: Exchange) -> web.StreamResponse:
@@ -3288,13 +3207,16 @@ class Proxy:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             try:
-                now = asyncio.get_running_loop().time()
+                now = time.monotonic()
                 for exchange in list(self.exchanges):
                     if self.ledger.database.is_cut_off:
                         exchange.interrupt(ledger_unavailable())
                     if exchange.waits:
                         await self.look_after(exchange, now)
-                self.cut_stalled(now)
+                for transport in self.server.stalled(
+                    now, DRAIN_STALL_SECONDS if self.draining else CLIENT_STALL_SECONDS
+                ):
+                    self.cut(transport)
                 state = file_state(self.config)
                 if state != self.files and state == self.files_seen:  # still for a moment: nobody writes at it
                     self.files = state
@@ -3304,33 +3226,26 @@ class Proxy:
                 self.log.say(f"the watch failed\n{traceback.format_exc()}")
 
     async def look_after(self, exchange: Exchange, now: float) -> None:
+        """End the wait for a silent upstream, and keep a quiet connection open; not where the client does not read."""
         transport = exchange.request.transport
-        unsent = transport.get_write_buffer_size() if transport else 0
-        silent = exchange.received_still.seconds(exchange.received, now)
-        quiet = exchange.sent_still.seconds(exchange.sent, now)
-        if unsent == 0 and silent >= exchange.patience:
+        if transport is not None and transport.get_write_buffer_size():
+            return
+        if now - exchange.heard_at >= exchange.patience:
             name = exchange.hold.upstream if exchange.hold else ""
             what = f'The upstream "{name}" sent nothing for {exchange.patience:g} seconds.'
             exchange.interrupt(Refusal("upstream_timeout", what, moves_on=True))
-        elif (
-            quiet >= KEEP_ALIVE_SECONDS
-            and unsent == 0
-            and isinstance(exchange.client, web.StreamResponse)
-            and not isinstance(exchange.client, web.Response)
-        ):
+        elif now - exchange.sent_at >= KEEP_ALIVE_SECONDS and type(exchange.client) is web.StreamResponse:
             with contextlib.suppress(ClientGone):
                 await exchange.send(KEEP_ALIVE)
 
-    def cut_stalled(self, now: float) -> None:
-        """Cut connections whose client does not read; what they were sent is charged."""
-        stalled = self.server.stalled(now, DRAIN_STALL_SECONDS if self.draining else CLIENT_STALL_SECONDS)
-        for transport in stalled:
-            for exchange in self.exchanges:
-                if exchange.request.transport is transport:
-                    exchange.outcome = "client_stalled"
-                    if exchange.hold is not None and exchange.hold.resolution is None:
-                        exchange.hold.outcome = "client_stalled"
-            transport.abort()
+    def cut(self, transport: asyncio.Transport) -> None:
+        """End the connection of a client that does not read; what it was sent is charged."""
+        for exchange in self.exchanges:
+            if exchange.request.transport is transport:
+                exchange.outcome = "client_stalled"
+                if exchange.hold is not None and exchange.hold.resolution is None:
+                    exchange.hold.outcome = "client_stalled"
+        transport.abort()
 
     def reload_soon(self) -> None:
         """At the watch's next look."""
@@ -3339,30 +3254,32 @@ class Proxy:
     async def reload(self) -> None:
         """Take changed files over as a pair, or keep the last good ones and say once what is wrong."""
         try:
-            config = await asyncio.to_thread(load_config, self.config.path)
-            catalog = await asyncio.to_thread(load_catalog, config)
+            new = await asyncio.to_thread(load_config, self.config.path)
+            catalog = await asyncio.to_thread(load_catalog, new)
         except ConfigError as error:
             self.log.say(f"the models and upstreams stay as they were: {error}")
             return
-        for line in compare(self.config, config, self.catalog, catalog):
+        notices = extra("notices")
+        for line in notices.changes(self.config, new, self.catalog, catalog) if notices else ():
             self.log.say(line)
-        self.config = msgspec.structs.replace(
-            self.config, file=config.file, tiers=config.tiers, upstreams=config.upstreams
-        )
+        self.log.say("models and upstreams: read again")
+        self.reached = {
+            n: there for n, there in self.reached.items() if new.upstreams.get(n) == self.config.upstreams[n]
+        }
+        self.config = msgspec.structs.replace(self.config, file=new.file, tiers=new.tiers, upstreams=new.upstreams)
         self.ledger.config, self.catalog = self.config, catalog
-        self.aim()
+        self.secrets = secret_pattern(new.upstreams.values())
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Let running requests finish, for `drain_seconds` or until told to hurry; then end them, settled. Whoever does
         not read is not waited for."""
         self.draining = True
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + self.config.drain_seconds
-        while self.exchanges and loop.time() < give_up and not hurry.is_set():
+        give_up = time.monotonic() + self.config.drain_seconds
+        while self.exchanges and (left := give_up - time.monotonic()) > 0 and not hurry.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(hurry.wait(), min(WATCH_SECONDS, max(0.0, give_up - loop.time())))
-        give_up = loop.time() + 2 * FRAME_SECONDS
-        while (self.exchanges or self.server.stalls) and loop.time() < give_up:
+                await asyncio.wait_for(hurry.wait(), min(WATCH_SECONDS, left))
+        give_up = time.monotonic() + 2 * FRAME_SECONDS
+        while (self.exchanges or self.server.stalls) and time.monotonic() < give_up:
             for exchange in list(self.exchanges):
                 exchange.interrupt(shutting_down())
             await asyncio.sleep(WATCH_SECONDS / 10)
@@ -3375,25 +3292,6 @@ def shutting_down() -> Refusal:
     return Refusal("shutting_down", "The server is shutting down. Try again shortly.", headers=retry_after(1))
 
 
-def compare(old: Config, new: Config, before: Catalog, after: Catalog) -> list[str]:
-    """A line for each model that was added, removed or repriced, and for what takes a restart; one line if none."""
-    was, now = before.models, after.models
-    lines = [f"models: added {name}" for name in now if name not in was]
-    lines += [f"models: removed {name}" for name in was if name not in now]
-    for name in sorted(now.keys() & was.keys()):
-        if was[name].price != now[name].price:
-            prices = as_credits(was[name].price), as_credits(now[name].price)
-            lines.append(f"models: repriced {name} from {prices[0]} to {prices[1]}")
-    lines += [
-        f"upstreams: {name} is new or changed" for name, up in new.upstreams.items() if old.upstreams.get(name) != up
-    ]
-    lines += [f"upstreams: {name} is gone" for name in old.upstreams if name not in new.upstreams]
-    for key in new.__struct_fields__:
-        if key not in ("file", "tiers", "upstreams") and getattr(old, key) != getattr(new, key):
-            lines.append(f"{new.path}: {key} changed; that takes a restart")
-    return lines or ["models: read again; none added, removed or repriced"]
-
-
 def file_state(config: Config) -> tuple[int, ...]:
     """What changes when one of the two files is edited or replaced."""
     state: list[int] = []
@@ -3404,13 +3302,9 @@ def file_state(config: Config) -> tuple[int, ...]:
     return tuple(state)
 
 
-# ---- Log and metrics ------------------------------------------------------------------------------------------------
+# ---- Log ------------------------------------------------------------------------------------------------------------
 
-
-def describe(error: Exception) -> str:
-    """An upstream's failure in our words: a parser's quotes the bytes that it met, which are somebody's."""
-    why = getattr(error, "strerror", None) if isinstance(error, OSError) else None
-    return str(error) if isinstance(error, BrokenStream) else f"{type(error).__name__}{f': {why}' if why else ''}"
+LOG_LINE = "%s %s %s %s %s %s %s %s %s+%s tokens%s %s credits %s/%s ms"
 
 
 class Log(logging.Handler):
@@ -3434,8 +3328,11 @@ class Log(logging.Handler):
             self.say(f"{record.name}: {record.getMessage()}{f' ({type(error).__name__})' if error else ''}")
 
     def broken(self, exchange: Exchange, error: Exception) -> None:
-        name = exchange.hold.upstream if exchange.hold else None
-        self.say(f"{request_name(exchange.id)} upstream {name} broke: {describe(error)}")
+        """An upstream's failure in our words: a parser's quotes the bytes that it met, which are somebody's."""
+        why = error.strerror if isinstance(error, OSError) else None
+        what = str(error) if isinstance(error, BrokenStream) else f"{type(error).__name__}{f': {why}' if why else ''}"
+        upstream = exchange.hold.upstream if exchange.hold else None
+        self.say(f"{request_name(exchange.id)} upstream {upstream} broke: {what}")
 
     def request(self, exchange: Exchange) -> None:
         hold, caller, model = exchange.hold, exchange.caller, exchange.model
@@ -3454,7 +3351,7 @@ class Log(logging.Handler):
             "estimated": estimated if self.form == "json" else " estimated" * estimated,
             "credits": as_credits(hold.settled.charge) if hold and hold.settled else 0,
             "first_byte_ms": exchange.first_byte_ms,
-            "ms": round(1000 * (time.perf_counter() - exchange.started)),
+            "ms": round(1000 * (time.monotonic() - exchange.started)),
         }
         if self.form == "json":
             self.write(encode_json(fields).decode())
@@ -3475,9 +3372,6 @@ class Log(logging.Handler):
                 self.say(f"{dropped} lines of this log could not be written")
         except (OSError, ValueError):
             self.dropped += 1
-
-
-LOG_LINE = "%s %s %s %s %s %s %s %s %s+%s tokens%s %s credits %s/%s ms"
 
 
 # ---- Application ----------------------------------------------------------------------------------------------------
@@ -3516,8 +3410,15 @@ async def running(config: Config, hurry: asyncio.Event | None = None) -> AsyncIt
         runner = web.ServerRunner(proxy.server, shutdown_timeout=DRAIN_STALL_SECONDS)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        site = await listen(runner, config)
-        proxy.base_url = base_url_of(site)
+        site = web.TCPSite(runner, *config.address, backlog=2048)
+        try:
+            await site.start()
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise CommandError(f"cannot listen on {config.listen}: {why}. Is another server running?") from None
+        host, port = runner.addresses[0][:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- for clients on this machine
+        proxy.base_url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         watch = asyncio.create_task(proxy.watch())
         try:
             yield proxy
@@ -3528,31 +3429,12 @@ async def running(config: Config, hurry: asyncio.Event | None = None) -> AsyncIt
             await asyncio.wait([watch])
 
 
-async def listen(runner: web.ServerRunner, config: Config) -> web.TCPSite:
-    host, port = config.address
-    site = web.TCPSite(runner, host, port, backlog=2048)
-    try:
-        await site.start()
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise CommandError(f"cannot listen on {config.listen}: {why}. Is another server running?") from None
-    return site
-
-
-def base_url_of(site: web.TCPSite) -> str:
-    """An address that a client on this machine can use."""
-    host, port = site._server.sockets[0].getsockname()[:2]  # type: ignore[union-attr]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 @contextlib.contextmanager
 def own_database(path: Path) -> Iterator[None]:
     """One server owns a database: exclusive locks on the file itself, whatever its names are, and on one beside it that
     holds the owner's pid. The file's descriptor stays open: closing it would take SQLite's own locks away."""
-    beside = f"{path}.lock"
     try:
-        files = [os.open(name, os.O_RDWR | os.O_CREAT, 0o600) for name in (beside, path)]
+        files = [os.open(name, os.O_RDWR | os.O_CREAT, 0o600) for name in (f"{path}.lock", path)]
     except OSError as error:
         raise CommandError(f"{path}: cannot be opened: {error.strerror}") from None
     try:
@@ -3589,39 +3471,38 @@ async def serve(config: Config) -> int:
         gc.freeze()
         gc.set_threshold(*GARBAGE_THRESHOLDS)
         await asyncio.to_thread(greet, proxy)
-        tell(f"listening on {proxy.base_url}")
-        for line in proxy.catalog.retiring(time.time()):
-            tell(f"model {line}")
-        for name, target in proxy.targets.items():
-            if target.upstream.builtin and target.off:
-                tell(f"upstream {name}: off, {target.off}")
-        if proxy.config.console is not None and proxy.console is None:
-            tell("console: off, extras/console or a package that it needs is not there")
-        commands = extra("commands")
-        probes = asyncio.create_task(commands.print_upstreams(proxy) if commands else asyncio.sleep(0))
+        probes = extra("probes")
+        probing = asyncio.create_task(probes.print_upstreams(proxy) if probes else asyncio.sleep(0))
         await stop.wait()
         tell("stopping: running requests may finish")
-        probes.cancel()
-        await asyncio.wait([probes])
+        probing.cancel()
+        await asyncio.wait([probing])
     return 0
 
 
 def greet(proxy: Proxy) -> None:
-    """Create the owner of a new database and show the key: one that could not be shown does not exist."""
-    with contextlib.closing(connect(proxy.config)) as db:
-        try:
-            with transaction(db) as now:
-                key = create_owner(db, now, proxy.config)
-                if key is not None:
-                    show(first_steps(proxy.base_url, key))
-        except OSError as error:
-            proxy.log.say(
-                f"the owner's key could not be shown ({error}), so there is none; `account add` makes an account"
-            )
-            return
-    if proxy.console is not None:
-        for line in proxy.console.greeting():
-            tell(line)
+    """Create the owner of a new database and show the key: one that could not be shown does not exist. Then say where
+    the server listens, and what is off."""
+    notices = extra("notices")
+    try:
+        with contextlib.closing(connect(proxy.config)) as db, transaction(db) as now:
+            key = create_owner(db, now, proxy.config)
+            if key is not None:
+                show(
+                    notices.first_steps(proxy.base_url, key) if notices else f"The key of the new account owner: {key}"
+                )
+    except OSError as error:
+        why = f"the owner's key could not be shown ({error}), so there is none"
+        proxy.log.say(f"{why}; `account add` makes an account")
+    lines = proxy.console.greeting() if proxy.console is not None else []
+    lines.append(f"listening on {proxy.base_url}")
+    lines += notices.retiring(proxy.catalog, time.time()) if notices else []
+    for name, upstream in proxy.config.upstreams.items():
+        if upstream.builtin and (off := proxy.why_off(upstream)):
+            lines.append(f"upstream {name}: off, {off}")
+    if proxy.config.console is not None and proxy.console is None:
+        lines.append("console: off, extras/console or a package that it needs is not there")
+    tell("\n".join(lines))
 
 
 def show(text: str) -> None:
@@ -3642,32 +3523,9 @@ def tell(text: str) -> None:
         show(text)
 
 
-def first_steps(base_url: str, key: str) -> str:
-    """What a newcomer needs in the first minute; both snippets work as pasted."""
-    return f"""Created the account "owner". Its key is shown this once; keep it:
-
-    {key}
-
-Try it with curl:
-
-curl -N {base_url}/v1/chat/completions -H "Authorization: Bearer {key}" \\
-  -H "Content-Type: application/json" \\
-  -d '{{"model": "echo", "stream": true, "messages": [{{"role": "user", "content": "Hello, who pays for this?"}}]}}'
-
-Or with Python (pip install openai):
-
-from openai import OpenAI
-client = OpenAI(base_url="{base_url}/v1", api_key="{key}")
-messages = [{{"role": "user", "content": "Hello, who pays for this?"}}]
-for chunk in client.chat.completions.create(model="echo", messages=messages, stream=True):
-    print(chunk.choices[0].delta.content or "", end="", flush=True)
-"""
-
-
-def open_standard_streams() -> None:
-    """Streams that were closed at the start are opened on nothing, before a socket or the database takes their place;
-    those that are there write line by line."""
-    for number in range(3):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; the exit's status: 0, 1 if that failed, 2 if a file or the line is wrong."""
+    for number in range(3):  # closed at the start? Then opened on nothing, before a socket or the database is there
         try:
             os.fstat(number)
         except OSError:
@@ -3675,10 +3533,6 @@ def open_standard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    open_standard_streams()
     commands = extra("commands")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -3699,12 +3553,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (CommandError, Refusal, sqlite3.Error) as error:
         print(f"proxy.py: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         print(f"proxy.py: {error.filename or given}: {error.strerror or error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
+    return 1
 
 
 if __name__ == "__main__":

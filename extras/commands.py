@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 
 import proxy
 from extras import queries
-from extras.probes import check_upstreams, print_upstreams
+from extras.notices import retiring
+from extras.probes import check_upstreams
 from extras.queries import snapshot
 from proxy import CommandError, Config, ConfigError, as_credits, extra, iso_time, quoted, transaction
-
-__all__ = ["parse_arguments", "print_upstreams", "run_command"]
 
 DAYS_MAX = 36_500
 TEXT_MAX = 500  # characters of a label, a reference, a note
@@ -260,7 +259,7 @@ def check(config: Config, options: Namespace) -> Report:
         (True, f"{config.models_path}: {len(catalog.models)} models"),
         *check_console(config),
         *check_database(config),
-        *((True, f"model {line}") for line in catalog.retiring(time.time())),
+        *((True, line) for line in retiring(catalog, time.time())),
         *asyncio.run(check_upstreams(config, catalog)),
     ]
     well = all(ok for ok, _ in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
 from functools import partial
@@ -61,9 +60,9 @@ class Metrics:
         self.requests_by(model, (hold.upstream or "") if hold else "", exchange.outcome).inc()
         if hold is None:
             return
-        self.duration.observe(time.perf_counter() - exchange.started)
-        if exchange.first_byte is not None:
-            self.first_byte.observe(exchange.first_byte - exchange.started)
+        self.duration.observe(time.monotonic() - exchange.started)
+        if exchange.first_byte_ms is not None:
+            self.first_byte.observe(exchange.first_byte_ms / 1000)
         if hold.resolution and hold.resolution.bill and hold.settled:
             bill = hold.resolution.bill
             charged = (bill.prompt_tokens, bill.completion_tokens, hold.settled.charge / 1000)
@@ -78,9 +77,9 @@ class Metrics:
             raise Refusal("not_found", "Metrics are off. Set `metrics` in config.yaml to turn them on.")
         if who == "loopback" and (forwarded or request.remote not in ("127.0.0.1", "::1", None)):
             raise Refusal("metrics_forbidden", "Metrics are for this machine only. See `metrics` in config.yaml.")
-        now = asyncio.get_running_loop().time()
-        for name, target in self.proxy.targets.items():
-            self.cooling.labels(name).set(target.cooling_until > now)
+        now = time.monotonic()
+        for name in self.proxy.config.upstreams:
+            self.cooling.labels(name).set(self.proxy.cooling_until.get(name, 0) > now)
         exchange.status = 200
         headers = {**self.proxy.headers(exchange), "Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
         return web.Response(body=prometheus_client.generate_latest(self.registry), headers=headers)

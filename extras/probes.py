@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from proxy import Catalog, Config, Model, Proxy, Target, encode_json
+from proxy import Catalog, Config, Model, Proxy, Upstream, encode_json
 
 START_SECONDS = 2
 CHECK_SECONDS = 5
@@ -35,23 +35,23 @@ class Probe(NamedTuple):
 async def print_upstreams(proxy: Proxy) -> None:
     """A line an upstream, all asked at once; the server knows then which models are there."""
 
-    async def ask(name: str, target: Target) -> None:
-        found = await probe(proxy.session, target, START_SECONDS)
-        if not target.upstream.missing:
-            target.reached = found.reached
+    async def ask(name: str, upstream: Upstream) -> None:
+        found = await probe(proxy.session, upstream, START_SECONDS)
+        if not upstream.missing:
+            proxy.reached[name] = found.reached
         print("\n".join(describe(name, found, proxy.catalog)))
 
     with contextlib.suppress(OSError):  # nobody reads the lines any more
-        await asyncio.gather(*(ask(name, target) for name, target in list(proxy.targets.items())))
+        await asyncio.gather(*(ask(name, upstream) for name, upstream in proxy.config.upstreams.items()))
 
 
 async def check_upstreams(config: Config, catalog: Catalog) -> list[tuple[bool, str]]:
     """Lines for `check`, each with whether it is well; the last names the models that nobody serves at the moment."""
-    targets = {name: Target(upstream, upstream.base_url or "") for name, upstream in config.upstreams.items()}
+    upstreams = config.upstreams
     async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
-        answers = await asyncio.gather(*(check_upstream(session, target, catalog) for target in targets.values()))
+        answers = await asyncio.gather(*(check_upstream(session, upstream, catalog) for upstream in upstreams.values()))
     lines = [line for _, found in answers for line in found]
-    there = {name for name, (is_there, _) in zip(targets, answers, strict=True) if is_there}
+    there = {name for name, (is_there, _) in zip(upstreams, answers, strict=True) if is_there}
     off = [name for name, model in catalog.models.items() if not there & set(model.upstreams)]
     if off:
         lines.append((True, f"models that are off, because their upstreams are ({len(off)}): {', '.join(off)}"))
@@ -59,20 +59,19 @@ async def check_upstreams(config: Config, catalog: Catalog) -> list[tuple[bool, 
 
 
 async def check_upstream(
-    session: aiohttp.ClientSession, target: Target, catalog: Catalog
+    session: aiohttp.ClientSession, upstream: Upstream, catalog: Catalog
 ) -> tuple[bool, list[tuple[bool, str]]]:
     """Whether it can be reached, and the lines that say so."""
-    name = target.upstream.name
-    found = await probe(session, target, CHECK_SECONDS)
+    name = upstream.name
+    found = await probe(session, upstream, CHECK_SECONDS)
     lines = [(found.ok, line) for line in describe(name, found, catalog)]
-    if found.reached and target.upstream.base_url and (model := find_chat_model(name, found, catalog)):
-        lines += [line async for line in learn(session, target, model)]
+    if found.reached and upstream.base_url and (model := find_chat_model(name, found, catalog)):
+        lines += [line async for line in learn(session, upstream, model)]
     return found.reached, lines
 
 
-async def probe(session: aiohttp.ClientSession, target: Target, seconds: float) -> Probe:
+async def probe(session: aiohttp.ClientSession, upstream: Upstream, seconds: float) -> Probe:
     """Ask an upstream for its models."""
-    upstream = target.upstream
     if upstream.missing:
         return Probe(f"off, the environment variable {upstream.missing[0]} is not set")
     if upstream.builtin:
@@ -80,14 +79,14 @@ async def probe(session: aiohttp.ClientSession, target: Target, seconds: float) 
     try:
         async with (
             asyncio.timeout(seconds),
-            session.get(f"{target.base_url}/models", headers=target.headers, allow_redirects=False) as response,
+            session.get(f"{upstream.url}/models", headers=upstream.request_headers, allow_redirects=False) as response,
         ):
-            return judge(target, response.status, await read(response))
+            return judge(upstream, response.status, await read(response))
     except UNREACHABLE as error:
-        if isinstance(error, aiohttp.ClientConnectorError) and is_local(target):
-            return Probe(f"off, nothing listens at {target.base_url}")
+        if isinstance(error, aiohttp.ClientConnectorError) and is_local(upstream):
+            return Probe(f"off, nothing listens at {upstream.url}")
         why = f"no answer within {seconds:g} s" if isinstance(error, TimeoutError) else "cannot be connected to"
-        return Probe(f"{target.base_url} not reachable, {why}", ok=False)
+        return Probe(f"{upstream.url} not reachable, {why}", ok=False)
 
 
 async def read(response: aiohttp.ClientResponse) -> bytes:
@@ -100,9 +99,9 @@ async def read(response: aiohttp.ClientResponse) -> bytes:
     return b"".join(pieces)
 
 
-def judge(target: Target, status: int, body: bytes) -> Probe:
+def judge(upstream: Upstream, status: int, body: bytes) -> Probe:
     """What an answer to GET /models says of an upstream."""
-    where = target.base_url
+    where = upstream.url
     if status in (401, 403):
         return Probe(f"{where} rejects its api_key (status {status})", ok=False)
     if status == 404 or (status == 200 and body.lstrip()[:1] not in (b"{", b"[")):
@@ -124,12 +123,12 @@ def listed_models(body: bytes) -> frozenset[str] | None:
         return None
 
 
-def is_local(target: Target) -> bool:
+def is_local(upstream: Upstream) -> bool:
     """Whether it is a server of this machine's user, which may well not run at the moment."""
-    host = URL(target.base_url).host or ""
+    host = URL(upstream.url).host or ""
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback and not target.upstream.api_key
-    return host == "localhost" and not target.upstream.api_key
+        return ipaddress.ip_address(host).is_loopback and not upstream.api_key
+    return host == "localhost" and not upstream.api_key
 
 
 def describe(name: str, found: Probe, catalog: Catalog) -> list[str]:
@@ -157,19 +156,18 @@ def find_chat_model(name: str, found: Probe, catalog: Catalog) -> Model | None:
     return next((model for model in chat if found.models is None or has(found.models, model)), None)
 
 
-async def learn(session: aiohttp.ClientSession, target: Target, model: Model) -> AsyncIterator[tuple[bool, str]]:
+async def learn(session: aiohttp.ClientSession, upstream: Upstream, model: Model) -> AsyncIterator[tuple[bool, str]]:
     """Ask for one token, streamed and in two choices: what of config.yaml should say how this server counts."""
-    upstream = target.upstream
     if upstream.serves is not None and "chat/completions" not in upstream.serves:
         return
     name = model.upstream_model or model.name
     body = {"model": name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     stream = {**body, "stream": True}
     if upstream.usage_in_stream == "ask":
-        status, _ = await ask(session, target, {**stream, "stream_options": {"include_usage": True}})
-        if status in (400, 422) and (await ask(session, target, stream))[0] == 200:
+        status, _ = await ask(session, upstream, {**stream, "stream_options": {"include_usage": True}})
+        if status in (400, 422) and (await ask(session, upstream, stream))[0] == 200:
             yield False, f"upstream {upstream.name}: rejects stream_options; set usage_in_stream: never"
-    status, answer = await ask(session, target, {**body, "n": 2})
+    status, answer = await ask(session, upstream, {**body, "n": 2})
     learnt = usage_of(answer) if status == 200 else None
     if learnt is not None and learnt != upstream.usage_of:
         whose = "one choice" if learnt == "choice" else "all choices"
@@ -186,15 +184,15 @@ def usage_of(answer: bytes) -> str | None:
     return {1: "choice", 2: "answer"}.get(tokens) if choices == 2 and isinstance(tokens, int) else None
 
 
-async def ask(session: aiohttp.ClientSession, target: Target, body: dict[str, Any]) -> tuple[int, bytes]:
+async def ask(session: aiohttp.ClientSession, upstream: Upstream, body: dict[str, Any]) -> tuple[int, bytes]:
     """The status and the body of an answer to a chat; 0 if there is none in time."""
     try:
         async with (
             asyncio.timeout(CHECK_SECONDS),
             session.post(
-                f"{target.base_url}/chat/completions",
+                f"{upstream.url}/chat/completions",
                 data=encode_json(body),
-                headers=target.headers,
+                headers=upstream.request_headers,
                 allow_redirects=False,
             ) as response,
         ):

@@ -59,7 +59,7 @@ def example_model(proxy: Proxy) -> str:
 
 
 def is_there(proxy: Proxy, model: Model) -> bool:
-    return any(proxy.targets[name].is_there for name in model.upstreams if name in proxy.targets)
+    return any(map(proxy.is_there, proxy.upstreams_of(model)))
 
 
 def models(proxy: Proxy) -> list[dict[str, Any]]:

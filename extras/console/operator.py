@@ -30,15 +30,15 @@ class UpstreamState(NamedTuple):
 def upstream_states(site: Site) -> list[UpstreamState]:
     """By the last probe or request of each."""
     proxy, found = site.proxy, []
-    for name, target in proxy.targets.items():
+    for name, upstream in proxy.config.upstreams.items():
         served = sum(name in model.upstreams for model in proxy.catalog.models.values())
-        if target.upstream.missing:
-            state = f"off: {target.upstream.missing[0]} is not set"
-        elif target.upstream.builtin:
+        if upstream.missing:
+            state = f"off: {upstream.missing[0]} is not set"
+        elif upstream.builtin:
             state = "builtin"
         else:
-            state = {True: "reachable", False: "not reachable", None: "not asked yet"}[target.reached]
-        found.append(UpstreamState(name, state, target.is_there, served))
+            state = {True: "reachable", False: "not reachable", None: "not asked yet"}[proxy.reached.get(name)]
+        found.append(UpstreamState(name, state, proxy.is_there(upstream), served))
     return found
 
 
