@@ -2388,7 +2388,7 @@ def require_extra(name: str) -> Any:
 
 # ---- Relay: asking an upstream --------------------------------------------------------------------------------------
 
-TO_CLIENT = ("Content-Type", "Cache-Control", "openai-processing-ms", "X-Accel-Buffering")
+TO_CLIENT = ("Content-Type", "Cache-Control", "Retry-After", "openai-processing-ms", "X-Accel-Buffering")
 KEEP_ALIVE = b": keep-alive\n"  # no empty line: after an `id:` openai-python takes one for an event
 ESCAPES = {"/": r"\\?/", '"': r'\\?"', "\\": r"\\{1,2}"}
 
@@ -2452,10 +2452,9 @@ class Answer:
         self.upstream = upstream
         self.is_stream = response.content_type == "text/event-stream"
         self.splitter = Splitter()
-        self.first_block = b""
-        self.body = b""
-        self.tally: Meter
-        self.is_error = False
+        self.first_block = b""  # of a stream
+        self.body = b""  # that came whole, and
+        self.tally: Meter  # what was counted of it
 
     def close(self) -> None:
         """Back to the pool if the answer was read to its end, else cut: the upstream stops generating."""
@@ -2966,9 +2965,14 @@ class Proxy:
             if not answer.is_stream:
                 answer.body = await answer.read_whole(ANSWER_BYTES_MAX, partial(self.keep, exchange))
                 answer.tally = exchange.hold.meter.copy()
-                answer.is_error = answer.tally.feed_whole(answer.body)
+                if answer.tally.feed_whole(answer.body):
+                    answer.body = self.redact(answer.body)
                 return answer
-            exchange.client = self.start_response(exchange, answer)
+            stream = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            headers = {**self.headers(exchange), **stream, **self.passed_on(answer)}
+            exchange.status, exchange.client = 200, web.StreamResponse(headers=headers)
+            if exchange.request.version < aiohttp.HttpVersion11:
+                exchange.client.force_close()  # which knows of no chunks, so only that ends the body
             while not DATA_LINE.search(answer.first_block):
                 if not (block := await answer.next_block()):
                     raise BrokenStream("it ended before its first event")
@@ -3006,45 +3010,32 @@ class Proxy:
             self.log.say(f"{request_name(exchange.id)} upstream {upstream.name} answered with status {status}: {words}")
         return refusal
 
-    def start_response(self, exchange: Exchange, answer: Answer) -> web.StreamResponse:
-        """The client's response, whose headers go out with its first byte."""
-        headers = self.headers(exchange)
-        headers["Content-Type"] = "application/json"
-        if answer.is_stream:
-            headers |= {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        for name in TO_CLIENT:
-            value = answer.response.headers.get(name, "")
-            if value and value.isprintable() and not self.secrets.search(value.encode()):
-                headers[name] = value
-        wait = answer.response.headers.get("Retry-After", "")
-        if re.fullmatch(r"[0-9]{1,2}", wait) and int(wait) <= RETRY_AFTER_SECONDS_MAX:
-            headers["Retry-After"] = wait
-        exchange.status = 200
-        if not answer.is_stream:
-            return web.Response(headers=headers)
-        response = web.StreamResponse(headers=headers)
-        if exchange.request.version < aiohttp.HttpVersion11:
-            response.force_close()  # which knows of no chunks, so only that ends the body
-        return response
+    def passed_on(self, answer: Answer) -> dict[str, str]:
+        """The headers of an upstream's answer that reach the client."""
+        found = answer.response.headers
+        headers = {name: value for name in TO_CLIENT if (value := found.get(name, "")) and value.isprintable()}
+        if (
+            not re.fullmatch(r"[0-9]{1,2}", wait := headers.get("Retry-After", "0"))
+            or int(wait) > RETRY_AFTER_SECONDS_MAX
+        ):
+            del headers["Retry-After"]
+        return {name: value for name, value in headers.items() if not self.secrets.search(value.encode())}
 
     # -- relaying
 
     async def relay_whole(self, exchange: Exchange, answer: Answer, hold: Hold) -> None:
         """An answer that came whole: covered, settled, then handed over."""
-        response, tally = self.start_response(exchange, answer), answer.tally
-        assert isinstance(response, web.Response)
-        if not await hold.cover_bill(tally):
+        if not await hold.cover_bill(answer.tally):
             hold.sent = False  # nobody gets the answer, so nobody pays for it
             raise self.used_up(hold)
-        hold.meter = tally
-        hold.outcome = "upstream_error" if tally.failed else "ok"
+        hold.meter = answer.tally
+        hold.outcome = "upstream_error" if answer.tally.failed else "ok"
         self.note_usage(answer, hold)
         await hold.settle()
         assert hold.settled is not None
-        response.headers["x-credits-charged"] = str(as_credits(hold.settled.charge))
-        response.headers["x-credits-remaining"] = str(as_credits(hold.settled.credits))
-        response.body = self.redact(answer.body) if answer.is_error else answer.body
-        exchange.client = response
+        charged, left = str(as_credits(hold.settled.charge)), str(as_credits(hold.settled.credits))
+        more = {**self.passed_on(answer), "x-credits-charged": charged, "x-credits-remaining": left}
+        exchange.client = self.show(exchange, answer.body, more=more)
         with exchange.waiting():
             await exchange.send(b"", is_end=True)
 
