@@ -52,7 +52,7 @@ import time
 import traceback
 import typing
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from email.utils import formatdate
 from functools import cached_property, partial
 from pathlib import Path
@@ -150,29 +150,17 @@ class Refusal(Exception):
     """An answer that is no success: a code that programs match, and a sentence that says what to do.
 
     `detail` goes into the error object, `top` beside it. A ledger verb returns one, so that its transaction
-    stands; everything else raises it. `moves_on` says that the model's next upstream is worth asking.
+    stands; everything else raises it.
     """
 
-    def __init__(
-        self,
-        code: str,
-        message: str,
-        *,
-        status: int | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        top: Mapping[str, Any] | None = None,
-        moves_on: bool = False,
-        body: bytes | None = None,
-        **detail: Any,
-    ) -> None:
+    def __init__(self, code: str, message: str, *, status: int = 0, param: str | None = None, body: bytes | None = None,
+                 headers: Mapping[str, str] = {}, top: Mapping[str, Any] = {}, **detail: Any) -> None:  # fmt: skip
         super().__init__(message)
         self.code, self.message, self.param = code, message, param
         self.status, self.type = status or CODES[code][0], CODES[code][1]
-        self.headers = dict(headers or {})
-        self.top, self.detail = dict(top or {}), detail
-        self.moves_on = moves_on
+        self.headers, self.top, self.detail = headers, top, detail
         self.body = body  # an upstream's own, where it has the right shape
+        self.moves_on = self.type in ("upstream_error", "rate_limit_error")  # the next upstream is worth asking
         self.caller: Caller | None = None
 
 
@@ -181,32 +169,18 @@ def openai_error(refusal: Refusal, request_id: str) -> dict[str, Any]:
     return {"error": {**error, "status": refusal.status, **refusal.detail}, **refusal.top}
 
 
-def responses_event(refusal: Refusal, request_id: str) -> dict[str, Any]:
-    """In a stream: openai-python raises only on an inner error object."""
-    return {"type": "error", **openai_error(refusal, request_id)}
-
-
-MESSAGES_TYPES = {
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
-
-
 def messages_error(refusal: Refusal, request_id: str) -> dict[str, Any]:
     """The shape of Anthropic's API; our code, and what stands beside it elsewhere, in `details`."""
     kind = MESSAGES_TYPES.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "api_error")
     details = {"error_code": refusal.code, **refusal.detail, **refusal.top}
-    return {
-        "type": "error",
-        "error": {"type": kind, "message": refusal.message, "details": details},
-        "request_id": request_id,
-    }
+    error = {"type": kind, "message": refusal.message, "details": details}
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
+MESSAGES_TYPES = {
+    401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 
 
 def retry_after(seconds: int) -> dict[str, str]:
@@ -232,16 +206,9 @@ class CommandError(Exception):
 
 
 WORDS = {  # of msgspec's messages
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "bool": "true or false",
-    "date": "a date",
-    "datetime": "a time",
-    "array": "a list",
-    "object": "a mapping",
-    "null": "nothing",
-}
+    "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "date": "a date",
+    "datetime": "a time", "array": "a list", "object": "a mapping", "null": "nothing",
+}  # fmt: skip
 
 
 class YamlFile:
@@ -251,23 +218,18 @@ class YamlFile:
     errors. Numbers with a point become Decimal, because some of them are prices.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, variables: Mapping[str, str] | None = None) -> None:
+        self.path, self.variables = path, variables
         self.lines: dict[tuple[str, ...], int] = {}
         self.scalars = yaml.SafeLoader("")
         try:
-            text = path.read_text(encoding="utf-8")
-            node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            node = yaml.compose(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
             self.values = self.plain(node, ()) if node else {}
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"{path}: is not UTF-8 text") from None
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
         except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from None
+            mark, why = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+            raise ConfigError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {why}") from None
         if not isinstance(self.values, dict):
             raise self.error((), "expected a mapping of keys to values")
 
@@ -280,89 +242,78 @@ class YamlFile:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
-            line = key_node.start_mark.line + 1
+            first = self.lines.get((*path, key))
+            self.lines[*path, key] = key_node.start_mark.line + 1
             if key in values:
-                first = self.lines[(*path, key)]
-                raise self.error((*path, key), f"duplicate key; it stands on line {first} already", line)
+                raise self.error((*path, key), f"duplicate key; it stands on line {first} already")
             if key_node.tag != "tag:yaml.org,2002:str":
-                raise self.error((*path, key), f'YAML does not read this key as text; quote it: "{key}":', line)
-            self.lines[(*path, key)] = line
+                raise self.error((*path, key), f'YAML does not read this key as text; quote it: "{key}":')
             values[key] = self.plain(value_node, (*path, key))
         return values
 
     def scalar(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
+        """With ${NAME} and ${NAME:-default} replaced; unset and empty are the same, and stay."""
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
         try:
-            if node.tag == "tag:yaml.org,2002:float":
-                return Decimal(node.value.replace("_", ""))
-            value = self.scalars.construct_object(node)
-        except InvalidOperation:
-            raise self.error(path, f"expected a finite number, got {node.value}") from None
-        except Exception:  # PyYAML meets what a wrong tag makes of it with whatever comes
-            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            value = Decimal(node.value.replace("_", "")) if kind == "float" else self.scalars.construct_object(node)
+        except Exception:  # PyYAML meets what a wrong tag makes of it with whatever comes; .inf is no Decimal
             raise self.error(path, f'"{node.value}" cannot be read as {WORDS.get(kind, kind)}') from None
         if isinstance(value, str) and "\0" in value:
             raise self.error(path, "must not hold the character NUL")
-        return value
+        if not isinstance(value, str) or (known := self.variables) is None:
+            return value
+        found = r"\$\{(\w+)(?::-([^}]*))?\}"
+        return re.sub(found, lambda m: known.get(m[1]) or (m[0] if m[2] is None else m[2]), value)
 
-    def error(self, path: Sequence[str], message: str, line: int | None = None) -> ConfigError:
-        if line is None:
-            known = [path[:n] for n in range(len(path), -1, -1) if tuple(path[:n]) in self.lines]
-            line = self.lines[tuple(known[0])] if known else 1
-        key = ".".join(path)
-        return ConfigError(f"{self.path}:{line}: {key + ': ' if key else ''}{message}")
+    def error(self, path: tuple[str, ...], message: str) -> ConfigError:
+        lines = (self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines)
+        return ConfigError(f"{self.path}:{next(lines, 1)}: {'.'.join(path)}{': ' if path else ''}{message}")
 
-    def unknown(self, path: Sequence[str], what: str, name: str, valid: Iterable[str]) -> ConfigError:
-        names = list(valid)
-        nearest = difflib.get_close_matches(name, names, 1, 0.5)
+    def check_known(self, path: tuple[str, ...], what: str, name: str, known: Iterable[str]) -> None:
+        names = list(known)
+        if name in names:
+            return
         hint = f"expected one of: {', '.join(names) or 'none'}"
-        if nearest:
+        if nearest := difflib.get_close_matches(name, names, 1, 0.5):
             hint = f'did you mean "{nearest[0]}"?' + (f" {hint}" if len(names) < 20 else "")
-        return self.error(path, f"unknown {what}; {hint}")
+        raise self.error(path, f'unknown {what} "{name}"; {hint}')
 
     def read(self, path: tuple[str, ...], kind: type[T], raw: Any, **given: Any) -> T:
         """`raw`, which stands at `path`, as the struct `kind`, with the structs in it; `given` are fields of it that
         the file does not hold. Unknown keys are named before wrong values."""
-        raw = {} if raw is None else raw
-        if not isinstance(raw, dict):
+        if not isinstance(raw, dict | None):
             raise self.error(path, "expected a mapping of keys to values")
-        fields = {f.name: f.type for f in msgspec.structs.fields(kind) if f.name not in given}  # type: ignore[arg-type]
-        for key in raw:
-            if key not in fields:
-                raise self.unknown((*path, key), "key", key, fields)
-        values = {key: self.read_inner((*path, key), fields[key], value) for key, value in raw.items()}
+        types = {f.name: f.type for f in msgspec.structs.fields(kind) if f.name not in given}  # type: ignore[arg-type]
+        for key in raw or ():
+            self.check_known((*path, key), "key", key, types)
+        values = {key: self.read_value((*path, key), types[key], value) for key, value in (raw or {}).items()}
         try:
-            return msgspec.convert({**values, **given}, kind, dec_hook=convert_own)
+            return msgspec.convert({**values, **given}, kind, dec_hook=thousandths_from)
         except msgspec.ValidationError as error:
-            raise self.blame(path, fields, raw, str(error)) from None
-
-    def read_inner(self, path: tuple[str, ...], kind: Any, value: Any) -> Any:
-        """The structs in a field: one, or a mapping of them, which know the name that they stand under."""
-        for one in (kind, *typing.get_args(kind)):
-            if isinstance(one, type) and issubclass(one, msgspec.Struct):
-                if typing.get_origin(kind) is not dict:
-                    return value if value is None else self.read(path, one, value)
-                if not isinstance(value, dict) or not value:
-                    raise self.error(path, "expected a mapping with at least one entry")
-                named = "name" in one.__struct_fields__
-                return {
-                    name: self.read((*path, name), one, inner, **({"name": name} if named else {}))
-                    for name, inner in value.items()
-                }
-        return value
-
-    def blame(self, path: tuple[str, ...], fields: Mapping[str, Any], raw: dict[str, Any], text: str) -> ConfigError:
-        """What msgspec, or a struct's own check (`field: what was expected`), says of a value, in people's words."""
-        message, _, where = text.partition(" - at `$")
-        inner = tuple(a or b for a, b in re.findall(r"\.(\w+)|\[(\d+)\]", where))
-        if named := re.match(r"(\w+): (?s:.)", message):
-            inner, message = (*inner, named[1]), message[named.end() - 1 :]
-        if missing := re.search(r"missing required field `(\w+)`", message):
-            message = f'the key "{missing[1]}" is missing'
-        if inner and typing.get_origin(fields.get(inner[0])) is Literal:
-            value = str(raw[inner[0]])
-            return self.unknown((*path, *inner), f'value "{value}"', value, typing.get_args(fields[inner[0]]))
+            message, _, where = str(error).partition(" - at `$")
+        path += tuple(a or b for a, b in re.findall(r"\.(\w+)|\[(\d+)\]", where))
+        if named := re.match(r"(\w+): (.+)", message, re.DOTALL):  # a struct's own check
+            path, message = (*path, named[1]), named[2]
+        message = re.sub(r"^Object missing required field `(\w+)`", r'the key "\1" is missing', message)
         message = re.sub(r"`([^`]*)`", lambda m: in_words(m[1]), message.replace(" | null", ""))
-        return self.error((*path, *inner), message[0].lower() + message[1:])
+        raise self.error(path, message[0].lower() + message[1:])
+
+    def read_value(self, path: tuple[str, ...], kind: Any, value: Any) -> Any:
+        """With the structs in it: one, or a mapping of them, which know the name that they stand under."""
+        if typing.get_origin(kind) is Literal:
+            self.check_known(path, "value", str(value), typing.get_args(kind))
+        struct = next((one for one in (kind, *typing.get_args(kind)) if hasattr(one, "__struct_fields__")), None)
+        if struct is None:
+            return value
+        if typing.get_origin(kind) is not dict:
+            return value if value is None else self.read(path, struct, value)
+        if not isinstance(value, dict) or not value:
+            raise self.error(path, "expected a mapping with at least one entry")
+        named = "name" in struct.__struct_fields__
+        return {
+            name: self.read((*path, name), struct, inner, **({"name": name} if named else {}))
+            for name, inner in value.items()
+        }
 
 
 def in_words(kinds: str) -> str:
@@ -370,16 +321,24 @@ def in_words(kinds: str) -> str:
 
 
 class Thousandths(int):
-    """Credits, or a multiplier, as an integer of the smallest unit. No float touches money."""
+    """Credits as an integer of the smallest unit. No float touches money."""
+
+    most = CREDITS_MAX
 
 
-def convert_own(kind: type, value: Any) -> Any:
-    """What msgspec does not know: prices, and what is no file's value."""
-    if kind is not Thousandths or isinstance(value, kind):
+class Multiplier(Thousandths):
+    most = MULTIPLIER_MAX
+
+
+def thousandths_from(kind: type[Thousandths], value: Any) -> Thousandths:
+    if isinstance(value, kind):
         return value
     if type(value) not in (int, Decimal):
         raise ValueError("expected a number")
-    return Thousandths(to_thousandths(Decimal(value)))
+    thousandths = kind(to_thousandths(Decimal(value)))
+    if not 0 <= thousandths <= kind.most * 1000:
+        raise ValueError(f"expected a number from 0 to {kind.most}, got {value}")
+    return thousandths
 
 
 def to_thousandths(value: Decimal) -> int:
@@ -409,10 +368,6 @@ class Tier(msgspec.Struct, frozen=True):
 class FreeCredits(msgspec.Struct, frozen=True):
     amount: Thousandths = Thousandths(0)
     days: Annotated[int, msgspec.Meta(ge=1, le=36_500)] = 30
-
-    def __post_init__(self) -> None:
-        if self.amount < 0:
-            raise ValueError("amount: expected a number from 0")
 
 
 class Upstream(msgspec.Struct, frozen=True, dict=True):
@@ -494,16 +449,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     console: Any = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"(\[[0-9A-Za-z:.%]+\]|[^\[\]\s]+):\d{1,5}", self.listen) or self.address[1] > 65535:
-            raise ValueError(f'listen: expected HOST:PORT such as 127.0.0.1:8000, got "{self.listen}"')
-        try:
+        with contextlib.suppress(ValueError):  # a UnicodeError, of what is no name of a host, is one
             self.address[0].encode("idna")
-        except UnicodeError:
-            raise ValueError(f'listen: "{self.address[0]}" is no name of a host') from None
-
-    @property
-    def path(self) -> Path:
-        return self.file.path
+            if re.fullmatch(r"(\[[0-9A-Za-z:.%]+\]|[^\[\]\s]+):\d{1,5}", self.listen) and self.address[1] <= 65535:
+                return
+        raise ValueError(f'listen: expected HOST:PORT such as 127.0.0.1:8000, got "{self.listen}"')
 
     @property
     def address(self) -> tuple[str, int]:
@@ -517,11 +467,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @cached_property
     def database_path(self) -> Path:
         """The file itself, whatever links lead to it."""
-        return (self.path.parent / self.database).resolve()
+        return (self.file.path.parent / self.database).resolve()
 
     @property
     def models_path(self) -> Path:
-        return self.path.parent / self.models
+        return self.file.path.parent / self.models
 
     def limits(self, tier: str) -> Tier:
         """An account keeps working when its tier was taken out of the file: on the default tier's limits."""
@@ -529,47 +479,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
 
 def load_config(path: Path) -> Config:
-    """config.yaml, complete and checked. ConfigError says what is wrong, and where."""
-    file = YamlFile(path)
+    """ConfigError says what is wrong, and where."""
+    file = YamlFile(path, os.environ)
     if file.values.get("metrics") is False:
         file.values["metrics"] = "off"  # YAML reads a plain `off` as a boolean
-    values = {key: substitute(value) for key, value in file.values.items()}
-    config = file.read((), Config, values, file=file)
-    for key, value in values.items():
+    config = file.read((), Config, file.values, file=file)
+    for key, value in file.values.items():
         if key != "upstreams" and (unset := VARIABLE.search(str(value))):
             raise file.error((key,), f"the environment variable {unset[1]} is not set")
-    if config.default_tier not in config.tiers:
-        raise file.unknown(("default_tier",), f'tier "{config.default_tier}"', config.default_tier, config.tiers)
+    file.check_known(("default_tier",), "tier", config.default_tier, config.tiers)
     return config
-
-
-def substitute(value: Any) -> Any:
-    """`value` with ${NAME} and ${NAME:-default} replaced in its strings; unset and empty are the same, and stay."""
-    if isinstance(value, str):
-        return re.sub(
-            r"\$\{(\w+)(?::-([^}]*))?\}",
-            lambda m: os.environ.get(m[1]) or (m[2] if m[2] is not None else m[0]),
-            value,
-        )
-    if isinstance(value, dict):
-        return {key: substitute(inner) for key, inner in value.items()}
-    return [substitute(inner) for inner in value] if isinstance(value, list) else value
 
 
 # ---- Catalog --------------------------------------------------------------------------------------------------------
 
 
 class PriceTier(msgspec.Struct, frozen=True):
-    multiplier: Thousandths
+    multiplier: Multiplier
     title: str = ""
-
-    def __post_init__(self) -> None:
-        check_multiplier(self.multiplier)
-
-
-def check_multiplier(multiplier: int) -> None:
-    if not 0 <= multiplier <= MULTIPLIER_MAX * 1000:
-        raise ValueError(f"multiplier: expected a number from 0 to {MULTIPLIER_MAX}, got {as_credits(multiplier)}")
 
 
 class Deprecation(msgspec.Struct, frozen=True):
@@ -594,7 +521,7 @@ class Model(msgspec.Struct, frozen=True):
     tier: str
     upstream: str | list[str]
     upstream_model: str | None = None
-    multiplier: Thousandths | None = None
+    multiplier: Multiplier | None = None
     kind: str | None = None
     context_window: Count | None = None
     max_output_tokens: Count | None = None
@@ -606,7 +533,6 @@ class Model(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not self.upstream:
             raise ValueError("upstream: expected at least one upstream")
-        check_multiplier(self.multiplier or 0)
 
     @property
     def upstreams(self) -> list[str]:
@@ -656,47 +582,41 @@ class Catalog(msgspec.Struct, frozen=True, dict=True):
             near = difflib.get_close_matches(name[:QUOTED_MAX], list(self.names), 3, 0.5)
             hint = f"Did you mean {' or '.join(near)}?" if near else "GET /v1/models lists the models."
             raise Refusal("model_not_found", f"There is no model {quoted(name)}. {hint}", param="model")
-        if model.deprecated and model.deprecated.sunset_within(0, now):
-            instead = model.deprecated.replacement
-            hint = f"Use {instead} instead." if instead else "GET /v1/models lists the models."
+        if (end := model.deprecated) and end.sunset_within(0, now):
+            hint = f"Use {end.replacement} instead." if end.replacement else "GET /v1/models lists the models."
             raise Refusal("model_retired", f'The model "{model.name}" is retired. {hint}', param="model")
         return model
 
     def retiring(self, now: float) -> Iterator[str]:
         """A line for each model that retires within 30 days, or has."""
         for model in self.models.values():
-            if model.deprecated and model.deprecated.sunset_within(SUNSET_NOTICE_DAYS * 86400, now):
-                verb = "retired" if model.deprecated.sunset_within(0, now) else "retires"
-                instead = f"; use {model.deprecated.replacement}" if model.deprecated.replacement else ""
-                yield f"{model.name} {verb} on {model.deprecated.sunset}{instead}"
+            if (end := model.deprecated) and end.sunset_within(SUNSET_NOTICE_DAYS * 86400, now):
+                verb = "retired" if end.sunset_within(0, now) else "retires"
+                yield f"{model.name} {verb} on {end.sunset}" + (f"; use {end.replacement}" if end.replacement else "")
 
 
 def load_catalog(config: Config) -> Catalog:
-    """models.yaml, complete and checked. ConfigError says what is wrong, and where."""
+    """ConfigError says what is wrong, and where."""
     if not os.path.isfile(config.models_path):  # noqa: PTH113 -- which a name that is too long does not break
         raise config.file.error(("models",), f"there is no file {config.models_path}")
     file = YamlFile(config.models_path)
     catalog = file.read((), Catalog, file.values)
-    taken: dict[str, str] = {}
+    taken = {name: name for name in catalog.models}
     for name, model in catalog.models.items():
-        path = ("models", name)
-        if model.tier not in catalog.tiers:
-            raise file.unknown((*path, "tier"), f'tier "{model.tier}"', model.tier, catalog.tiers)
+        here = ("models", name)
+        file.check_known((*here, "tier"), "tier", model.tier, catalog.tiers)
         for upstream in model.upstreams:
-            if upstream not in config.upstreams:
-                raise file.unknown((*path, "upstream"), f'upstream "{upstream}"', upstream, config.upstreams)
+            file.check_known((*here, "upstream"), "upstream", upstream, config.upstreams)
+        if model.deprecated and (instead := model.deprecated.replacement):
+            file.check_known((*here, "deprecated", "replacement"), "model", instead, catalog.names)
         for alias in model.aliases:
-            if alias in taken or alias in catalog.models:
-                other = taken.get(alias, alias)
-                raise file.error((*path, "aliases"), f'alias "{alias}" is used twice, also for "{other}"')
+            if alias in taken:
+                what = f'alias "{alias}" is used twice, also for "{taken[alias]}"'
+                raise file.error((*here, "aliases"), what)
             taken[alias] = name
-        instead = model.deprecated and model.deprecated.replacement
-        if instead and instead not in catalog.names:
-            where = (*path, "deprecated", "replacement")
-            raise file.unknown(where, f'model "{instead}"', instead, catalog.models)
         if model.multiplier is None:
-            priced = msgspec.structs.replace(model, multiplier=catalog.tiers[model.tier].multiplier)
-            catalog.models[name] = priced
+            multiplier = catalog.tiers[model.tier].multiplier
+            catalog.models[name] = msgspec.structs.replace(model, multiplier=multiplier)
     return catalog
 
 
@@ -909,7 +829,8 @@ RESPONSES = Api(
     usage_output="output_tokens",
     ends=("response.completed", "response.incomplete", "response.failed"),
     must_end=True,
-    error_event=responses_event,
+    # openai-python raises only on an inner error object
+    error_event=lambda refusal, request_id: {"type": "error", **openai_error(refusal, request_id)},
     error_prefix=b"event: error\n",
 )
 MESSAGES = Api(
@@ -2440,7 +2361,7 @@ class Target:
 
     def failure(self, code: str, what: str, **more: Any) -> Refusal:
         """A refusal that lets the model's next upstream try."""
-        return Refusal(code, f'The upstream "{self.upstream.name}" {what}', moves_on=True, **more)
+        return Refusal(code, f'The upstream "{self.upstream.name}" {what}', **more)
 
 
 def secret_pattern(upstreams: Iterable[Upstream]) -> re.Pattern[bytes] | None:
@@ -2466,7 +2387,7 @@ def judge_status(target: Target, status: int, retry: str | None, body: bytes, ap
     if status == 404 and own is None:
         message = f'The upstream "{name}" has nothing at /{api.path}: it may not serve this API. {said}'
     code = "rate_limit_exceeded" if status == 429 else "upstream_refused"
-    return Refusal(code, message, status=status, headers=wait, body=own, moves_on=status == 429)
+    return Refusal(code, message, status=status, headers=wait, body=own)
 
 
 def has_shape(api: Api, body: bytes) -> bool:
@@ -3311,7 +3232,7 @@ class Proxy:
         if unsent == 0 and silent >= exchange.patience:
             name = exchange.hold.upstream if exchange.hold else ""
             what = f'The upstream "{name}" sent nothing for {exchange.patience:g} seconds.'
-            exchange.interrupt(Refusal("upstream_timeout", what, moves_on=True))
+            exchange.interrupt(Refusal("upstream_timeout", what))
         elif (
             quiet >= KEEP_ALIVE_SECONDS
             and unsent == 0
@@ -3339,7 +3260,7 @@ class Proxy:
     async def reload(self) -> None:
         """Take changed files over as a pair, or keep the last good ones and say once what is wrong."""
         try:
-            config = await asyncio.to_thread(load_config, self.config.path)
+            config = await asyncio.to_thread(load_config, self.config.file.path)
             catalog = await asyncio.to_thread(load_catalog, config)
         except ConfigError as error:
             self.log.say(f"the models and upstreams stay as they were: {error}")
@@ -3390,14 +3311,14 @@ def compare(old: Config, new: Config, before: Catalog, after: Catalog) -> list[s
     lines += [f"upstreams: {name} is gone" for name in old.upstreams if name not in new.upstreams]
     for key in new.__struct_fields__:
         if key not in ("file", "tiers", "upstreams") and getattr(old, key) != getattr(new, key):
-            lines.append(f"{new.path}: {key} changed; that takes a restart")
+            lines.append(f"{new.file.path}: {key} changed; that takes a restart")
     return lines or ["models: read again; none added, removed or repriced"]
 
 
 def file_state(config: Config) -> tuple[int, ...]:
     """What changes when one of the two files is edited or replaced."""
     state: list[int] = []
-    for path in (config.path, config.models_path):
+    for path in (config.file.path, config.models_path):
         with contextlib.suppress(OSError):
             found = path.stat()
             state += (found.st_mtime_ns, found.st_size, found.st_ino)

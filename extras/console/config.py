@@ -77,8 +77,7 @@ def read_mail(file: YamlFile, raw: Any) -> Mail:
         raise file.error(path, "expected a mapping of keys to values")
     keys = ["from" if name == "sender" else name for name in Mail.__struct_fields__]
     for key in raw:
-        if key not in keys:
-            raise file.unknown((*path, key), "key", key, keys)
+        file.check_known((*path, key), "key", key, keys)
     if "from" not in raw:
         raise file.error(path, 'the key "from" is missing')
     return file.read(path, Mail, {"sender" if key == "from" else key: value for key, value in raw.items()})
