@@ -98,7 +98,6 @@ OUTPUT_TOKENS_DEFAULT = 8192  # the bound of an answer when neither request nor 
 TEMPLATE_TOKENS = 64  # what a chat template may add to a prompt
 MEDIA_TOKENS = 1024  # an image, a piece of audio
 DOCUMENT_TOKENS = 32_768  # a document by URL, for a model without a context window
-MULTIPLIER_MAX = 10_000  # keeps the largest charge (2^31 tokens, 128 choices) within 64 bits
 CREDITS_MAX = 10**12  # in one grant
 SUNSET_NOTICE_DAYS = 30
 KEEP_ALIVE_SECONDS = 15  # without a byte to the client, then a comment: nginx and many load balancers cut at 60
@@ -258,8 +257,8 @@ class YamlFile:
         raise self.error(path, f'unknown {what} "{name}"; {hint}')
 
     def read(self, path: tuple[str, ...], kind: type[T], raw: Any, **given: Any) -> T:
-        """`raw`, which stands at `path`, as the struct `kind`, with the structs in it; `given` are fields of it that
-        the file does not hold. Unknown keys are named before wrong values."""
+        """`raw`, which stands at `path`, as the struct `kind`, with the structs in it; `given` are fields that the
+        file does not hold, where it has such. Unknown keys are named before wrong values."""
         if not isinstance(raw, dict | None):
             raise self.error(path, "expected a mapping of keys to values")
         fields = msgspec.structs.fields(kind)  # type: ignore[arg-type]
@@ -279,7 +278,7 @@ class YamlFile:
         raise self.error(path, message[0].lower() + message[1:])
 
     def read_value(self, path: tuple[str, ...], kind: Any, value: Any) -> Any:
-        """With the structs in it: one, or a mapping of them, which know the name that they stand under."""
+        """With the structs in it: one, or a mapping of them, which may know the name that they stand under."""
         if typing.get_origin(kind) is Literal:
             value = "off" if value is False else value  # as YAML reads a plain `off`
             self.check_known(path, "value", str(value), typing.get_args(kind))
@@ -290,11 +289,7 @@ class YamlFile:
             return value if value is None else self.read(path, struct, value)
         if not isinstance(value, dict) or not value:
             raise self.error(path, "expected a mapping with at least one entry")
-        named = "name" in struct.__struct_fields__
-        return {
-            name: self.read((*path, name), struct, inner, **({"name": name} if named else {}))
-            for name, inner in value.items()
-        }
+        return {name: self.read((*path, name), struct, inner, name=name) for name, inner in value.items()}
 
 
 class Thousandths(int):
@@ -304,7 +299,7 @@ class Thousandths(int):
 
 
 class Multiplier(Thousandths):
-    most = MULTIPLIER_MAX
+    most = 10_000  # keeps the largest charge (2^31 tokens, 128 choices) within 64 bits
 
 
 def thousandths_from(kind: type[Thousandths], value: Any) -> Thousandths:
@@ -546,8 +541,7 @@ class Catalog(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def names(self) -> dict[str, str]:
         """What clients may say: ids and aliases, and the id that each means."""
-        aliases = {alias: model.name for model in self.models.values() for alias in model.aliases}
-        return aliases | {name: name for name in self.models}
+        return {name: model.name for model in self.models.values() for name in (model.name, *model.aliases)}
 
     def find(self, name: str, now: float) -> Model:
         model = self.models.get(self.names.get(name, ""))
