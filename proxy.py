@@ -83,7 +83,7 @@ KEY_CHECKED_FIRST_BYTES = 64 * 1024  # a larger body is read only for an account
 BODY_SECONDS = 30  # a request body gets this long, and a second more for each
 BODY_BYTES_PER_SECOND = 16 * 1024  # of its bytes that came: a drip-fed body is cut, a slow line is not
 BODY_ELEMENTS_MAX = 500_000  # members and elements of a body: millions would hold everybody up for seconds
-LARGE_BODY_BYTES = 256 * 1024  # a larger one is parsed in a thread, and sent in pieces, as the upstream takes it
+AT_ONCE_BYTES_MAX = 256 * 1024  # a larger body is parsed in a thread, and sent in pieces, as the upstream takes it
 MEMORY_BYTES_MAX = 256 * 1024**2  # that large bodies and whole answers hold together; an account: a quarter
 EVENT_BYTES_MAX = 16 * 1024**2  # images travel in one SSE event; past this the stream is broken
 ANSWER_BYTES_MAX = 64 * 1024**2  # an answer that is not streamed is kept whole until it is settled
@@ -2721,7 +2721,7 @@ class Proxy:
             raw = await self.read_body(exchange, key_hash)
             ask = (
                 await asyncio.to_thread(parse_request, api, raw)
-                if len(raw) > LARGE_BODY_BYTES
+                if len(raw) > AT_ONCE_BYTES_MAX
                 else parse_request(api, raw)
             )  # 2
             if ask.model not in self.catalog.names:
@@ -2916,7 +2916,7 @@ class Proxy:
         send = partial(self.session.post, URL(url, encoded=True), headers=headers, timeout=target.timeout)
         asking.set(hold)
         for tries_left in (1, 0):
-            data = body if len(body) <= LARGE_BODY_BYTES else io.BytesIO(body)  # which waits for the upstream
+            data = body if len(body) <= AT_ONCE_BYTES_MAX else io.BytesIO(body)  # which waits for the upstream
             try:
                 return await send(data=data, allow_redirects=False)
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
