@@ -83,12 +83,13 @@ KEY_CHECKED_FIRST_BYTES = 64 * 1024  # a larger body is read only for an account
 BODY_SECONDS = 30  # a request body gets this long, and a second more for each
 BODY_BYTES_PER_SECOND = 16 * 1024  # of its bytes that came: a drip-fed body is cut, a slow line is not
 BODY_ELEMENTS_MAX = 500_000  # members and elements of a body: millions would hold everybody up for seconds
-AT_ONCE_BYTES_MAX = 256 * 1024  # a larger body is parsed in a thread, and sent in pieces, as the upstream takes it
+PARSED_ASIDE_BYTES = 256 * 1024  # a larger body is parsed in a thread
 MEMORY_BYTES_MAX = 256 * 1024**2  # that large bodies and whole answers hold together; an account: a quarter
 EVENT_BYTES_MAX = 16 * 1024**2  # images travel in one SSE event; past this the stream is broken
 ANSWER_BYTES_MAX = 64 * 1024**2  # an answer that is not streamed is kept whole until it is settled
 ERROR_BYTES_MAX = 64 * 1024  # of an upstream's error body
 READ_BUFFER_BYTES = 32 * 1024  # half of aiohttp's default: a burst stays in the processor's cache
+UPLOAD_WHOLE_BYTES = 256 * 1024  # a larger body is sent in pieces, as the upstream takes it
 MODEL_NAME_MAX = 256
 QUOTED_MAX = 100  # characters of a client's text in a message
 ERRORS_MAX = 10  # in one answer
@@ -145,14 +146,15 @@ class Refusal(Exception):
     """An answer that is no success: a code that programs match, and a sentence that says what to do. `detail` goes
     into the error object, `top` beside it. A ledger verb returns one, so that its transaction stands."""
 
-    def __init__(self, code: str, message: str, *, status: int = 0, param: str | None = None, body: bytes | None = None,
-                 headers: Mapping[str, str] = {}, top: Mapping[str, Any] = {}, **detail: Any) -> None:  # fmt: skip
+    def __init__(self, code: str, message: str, *, status: int | None = None, param: str | None = None,
+                 headers: Mapping[str, str] = {}, top: Mapping[str, Any] = {}, moves_on: bool = False,
+                 body: bytes | None = None, **detail: Any) -> None:  # fmt: skip
         super().__init__(message)
         self.code, self.message, self.param = code, message, param
         self.status, self.type = status or CODES[code][0], CODES[code][1]
         self.headers, self.top, self.detail = headers, top, detail
         self.body = body  # an upstream's own, where it has the right shape
-        self.moves_on = self.type in ("upstream_error", "rate_limit_error")  # the next upstream is worth asking
+        self.moves_on = moves_on  # the model's next upstream is worth asking
         self.caller: Caller | None = None
 
 
@@ -161,18 +163,23 @@ def openai_error(refusal: Refusal, request_id: str) -> dict[str, Any]:
     return {"error": {**error, "status": refusal.status, **refusal.detail}, **refusal.top}
 
 
-def messages_error(refusal: Refusal, request_id: str) -> dict[str, Any]:
-    """The shape of Anthropic's API; our code, and what stands beside it elsewhere, in `details`."""
-    kind = MESSAGES_TYPES.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "api_error")
-    details = {"error_code": refusal.code, **refusal.detail, **refusal.top}
-    error = {"type": kind, "message": refusal.message, "details": details}
-    return {"type": "error", "error": error, "request_id": request_id}
+def responses_event(refusal: Refusal, request_id: str) -> dict[str, Any]:
+    """In a stream: openai-python raises only on an inner error object."""
+    return {"type": "error", **openai_error(refusal, request_id)}
 
 
 MESSAGES_TYPES = {
     401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
+
+
+def messages_error(refusal: Refusal, request_id: str) -> dict[str, Any]:
+    """The shape of Anthropic's API; our code, and what stands beside it elsewhere, in `details`."""
+    kind = MESSAGES_TYPES.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "api_error")
+    details = {"error_code": refusal.code, **refusal.detail, **refusal.top}
+    error = {"type": kind, "message": refusal.message, "details": details}
+    return {"type": "error", "error": error, "request_id": request_id}
 
 
 def retry_after(seconds: int) -> dict[str, str]:
@@ -428,6 +435,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         raise ValueError(f'listen: expected HOST:PORT such as 127.0.0.1:8000, got "{self.listen}"')
 
     @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
     def address(self) -> tuple[str, int]:
         host, _, port = self.listen.rpartition(":")
         return host.strip("[]"), int(port)
@@ -439,11 +450,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @cached_property
     def database_path(self) -> Path:
         """The file itself, whatever links lead to it."""
-        return (self.file.path.parent / self.database).resolve()
+        return (self.path.parent / self.database).resolve()
 
     @property
     def models_path(self) -> Path:
-        return self.file.path.parent / self.models
+        return self.path.parent / self.models
 
     def limits(self, tier: str) -> Tier:
         """An account keeps working when its tier was taken out of the file: on the default tier's limits."""
@@ -485,6 +496,9 @@ class Deprecation(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if (self.sunset - self.announced).days < SUNSET_NOTICE_DAYS:
             raise ValueError(f"sunset: expected a date {SUNSET_NOTICE_DAYS} days or more after announced")
+
+    def sunset_within(self, seconds: float, now: float) -> bool:
+        return unix_day(self.sunset) - now <= seconds
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -549,17 +563,19 @@ class Catalog(msgspec.Struct, frozen=True, dict=True):
             near = difflib.get_close_matches(name[:QUOTED_MAX], list(self.names), 3, 0.5)
             hint = f"Did you mean {' or '.join(near)}?" if near else "GET /v1/models lists the models."
             raise Refusal("model_not_found", f"There is no model {quoted(name)}. {hint}", param="model")
-        if (end := model.deprecated) and unix_day(end.sunset) <= now:
-            hint = f"Use {end.replacement} instead." if end.replacement else "GET /v1/models lists the models."
+        if model.deprecated and model.deprecated.sunset_within(0, now):
+            instead = model.deprecated.replacement
+            hint = f"Use {instead} instead." if instead else "GET /v1/models lists the models."
             raise Refusal("model_retired", f'The model "{model.name}" is retired. {hint}', param="model")
         return model
 
     def retiring(self, now: float) -> Iterator[str]:
         """A line for each model that retires within 30 days, or has."""
         for model in self.models.values():
-            if (end := model.deprecated) and unix_day(end.sunset) <= now + SUNSET_NOTICE_DAYS * 86400:
-                verb = "retired" if unix_day(end.sunset) <= now else "retires"
-                yield f"{model.name} {verb} on {end.sunset}" + (f"; use {end.replacement}" if end.replacement else "")
+            if model.deprecated and model.deprecated.sunset_within(SUNSET_NOTICE_DAYS * 86400, now):
+                verb = "retired" if model.deprecated.sunset_within(0, now) else "retires"
+                instead = f"; use {model.deprecated.replacement}" if model.deprecated.replacement else ""
+                yield f"{model.name} {verb} on {model.deprecated.sunset}{instead}"
 
 
 def load_catalog(config: Config) -> Catalog:
@@ -789,8 +805,7 @@ RESPONSES = Api(
     usage_output="output_tokens",
     ends=("response.completed", "response.incomplete", "response.failed"),
     must_end=True,
-    # openai-python raises only on an inner error object
-    error_event=lambda refusal, request_id: {"type": "error", **openai_error(refusal, request_id)},
+    error_event=responses_event,
     error_prefix=b"event: error\n",
 )
 MESSAGES = Api(
@@ -2321,7 +2336,7 @@ class Target:
 
     def failure(self, code: str, what: str, **more: Any) -> Refusal:
         """A refusal that lets the model's next upstream try."""
-        return Refusal(code, f'The upstream "{self.upstream.name}" {what}', **more)
+        return Refusal(code, f'The upstream "{self.upstream.name}" {what}', moves_on=True, **more)
 
 
 def secret_pattern(upstreams: Iterable[Upstream]) -> re.Pattern[bytes] | None:
@@ -2347,7 +2362,7 @@ def judge_status(target: Target, status: int, retry: str | None, body: bytes, ap
     if status == 404 and own is None:
         message = f'The upstream "{name}" has nothing at /{api.path}: it may not serve this API. {said}'
     code = "rate_limit_exceeded" if status == 429 else "upstream_refused"
-    return Refusal(code, message, status=status, headers=wait, body=own)
+    return Refusal(code, message, status=status, headers=wait, body=own, moves_on=status == 429)
 
 
 def has_shape(api: Api, body: bytes) -> bool:
@@ -2721,7 +2736,7 @@ class Proxy:
             raw = await self.read_body(exchange, key_hash)
             ask = (
                 await asyncio.to_thread(parse_request, api, raw)
-                if len(raw) > AT_ONCE_BYTES_MAX
+                if len(raw) > PARSED_ASIDE_BYTES
                 else parse_request(api, raw)
             )  # 2
             if ask.model not in self.catalog.names:
@@ -2916,7 +2931,7 @@ class Proxy:
         send = partial(self.session.post, URL(url, encoded=True), headers=headers, timeout=target.timeout)
         asking.set(hold)
         for tries_left in (1, 0):
-            data = body if len(body) <= AT_ONCE_BYTES_MAX else io.BytesIO(body)  # which waits for the upstream
+            data = body if len(body) <= UPLOAD_WHOLE_BYTES else io.BytesIO(body)  # which waits for the upstream
             try:
                 return await send(data=data, allow_redirects=False)
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
@@ -3192,7 +3207,7 @@ class Proxy:
         if unsent == 0 and silent >= exchange.patience:
             name = exchange.hold.upstream if exchange.hold else ""
             what = f'The upstream "{name}" sent nothing for {exchange.patience:g} seconds.'
-            exchange.interrupt(Refusal("upstream_timeout", what))
+            exchange.interrupt(Refusal("upstream_timeout", what, moves_on=True))
         elif (
             quiet >= KEEP_ALIVE_SECONDS
             and unsent == 0
@@ -3220,7 +3235,7 @@ class Proxy:
     async def reload(self) -> None:
         """Take changed files over as a pair, or keep the last good ones and say once what is wrong."""
         try:
-            config = await asyncio.to_thread(load_config, self.config.file.path)
+            config = await asyncio.to_thread(load_config, self.config.path)
             catalog = await asyncio.to_thread(load_catalog, config)
         except ConfigError as error:
             self.log.say(f"the models and upstreams stay as they were: {error}")
@@ -3271,14 +3286,14 @@ def compare(old: Config, new: Config, before: Catalog, after: Catalog) -> list[s
     lines += [f"upstreams: {name} is gone" for name in old.upstreams if name not in new.upstreams]
     for key in new.__struct_fields__:
         if key not in ("file", "tiers", "upstreams") and getattr(old, key) != getattr(new, key):
-            lines.append(f"{new.file.path}: {key} changed; that takes a restart")
+            lines.append(f"{new.path}: {key} changed; that takes a restart")
     return lines or ["models: read again; none added, removed or repriced"]
 
 
 def file_state(config: Config) -> tuple[int, ...]:
     """What changes when one of the two files is edited or replaced."""
     state: list[int] = []
-    for path in (config.file.path, config.models_path):
+    for path in (config.path, config.models_path):
         with contextlib.suppress(OSError):
             found = path.stat()
             state += (found.st_mtime_ns, found.st_size, found.st_ino)

@@ -122,7 +122,7 @@ def account_link(desk: Desk, options: Namespace) -> Report:
     db, now, config = desk
     create_link = people("account link").create_link
     if config.console is None:
-        raise CommandError(f"{config.file.path} has no `console:`, so there is no page that a link could lead to")
+        raise CommandError(f"{config.path} has no `console:`, so there is no page that a link could lead to")
     account = queries.find_account(db, now, options.name)
     link = f"{console_url(config)}/link/{create_link(db, now, account.id)}"
     value = {"account": account.name, "link": link, "expires_at": iso_time(now + LINK_MS)}
@@ -256,7 +256,7 @@ def check(config: Config, options: Namespace) -> Report:
     """Both files, the database, the tiers in use, and each upstream: a line each."""
     catalog = proxy.load_catalog(config)
     lines = [
-        (True, f"{config.file.path}: {len(config.tiers)} account tiers, {len(config.upstreams)} upstreams"),
+        (True, f"{config.path}: {len(config.tiers)} account tiers, {len(config.upstreams)} upstreams"),
         (True, f"{config.models_path}: {len(catalog.models)} models"),
         *check_console(config),
         *check_database(config),
@@ -289,8 +289,8 @@ def check_database(config: Config) -> list[tuple[bool, str]]:
     lines = [(True, f"{name}: {sum(count for _, count in used)} accounts")]
     for tier, count in used:
         if tier not in config.tiers:
-            text = f'account tier "{tier}" of {count} accounts is not in {config.file.path}: they have the default\'s'
-            lines.append((False, f"{text} limits"))
+            text = f'account tier "{tier}" of {count} accounts is not in {config.path}: they have the default\'s limits'
+            lines.append((False, text))
     return lines
 
 

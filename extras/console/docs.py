@@ -75,7 +75,7 @@ def models(proxy: Proxy) -> list[dict[str, Any]]:
             "multiplier": as_credits(model.price),
             "thousand": as_credits(core.cost(1000, model.price)),
             "deprecated": deprecated,
-            "retired": deprecated is not None and core.unix_day(deprecated.sunset) <= now,
+            "retired": deprecated is not None and deprecated.sunset_within(0, now),
             "there": is_there(proxy, model),
         }
         row["search"] = " ".join((model.name, *model.aliases, row["tier"], model.kind or "chat")).casefold()

@@ -128,7 +128,7 @@ def connect_at(now: int, config: Any) -> Any:
 
 def command(config: Any, *words: object, now: int | None = None) -> Done:
     """`proxy.py --config FILE WORDS` in this process, at this moment of the database's clock."""
-    arguments = ["--config", str(config.file.path), *map(str, words)]
+    arguments = ["--config", str(config.path), *map(str, words)]
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         if now is not None:
