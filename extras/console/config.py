@@ -7,7 +7,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from proxy import Config, Thousandths, YamlFile, as_credits
+from proxy import Config, Thousandths, as_credits
 
 ACCOUNT = "{account}"
 
@@ -36,7 +36,7 @@ class Mail(msgspec.Struct, frozen=True):
     """A mail server that takes what the console sends."""
 
     host: str
-    sender: str  # `from` in the file, which is a word of Python's
+    sender: str = msgspec.field(name="from")  # which is a word of Python's
     port: int = 25
     user: str = ""
     password: str = ""
@@ -47,7 +47,7 @@ class ConsoleConfig(msgspec.Struct, frozen=True, kw_only=True):
     registration: Literal["closed", "open"] = "closed"
     url: str | None = None
     packs: list[Any] = []
-    mail: Any = None
+    mail: Mail | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url or "http://localhost")
@@ -66,19 +66,5 @@ def read(config: Config) -> ConsoleConfig:
     file, raw = config.file, config.console
     console = file.read(("console",), ConsoleConfig, raw)
     packs = [file.read(("console", "packs", str(n)), Pack, pack) for n, pack in enumerate(console.packs)]
-    mail = read_mail(file, console.mail) if console.mail is not None else None
     url = console.url.rstrip("/") if console.url else None
-    return msgspec.structs.replace(console, url=url, packs=packs, mail=mail)
-
-
-def read_mail(file: YamlFile, raw: Any) -> Mail:
-    path = ("console", "mail")
-    if not isinstance(raw, dict):
-        raise file.error(path, "expected a mapping of keys to values")
-    keys = ["from" if name == "sender" else name for name in Mail.__struct_fields__]
-    for key in raw:
-        if key not in keys:
-            raise file.unknown((*path, key), "key", key, keys)
-    if "from" not in raw:
-        raise file.error(path, 'the key "from" is missing')
-    return file.read(path, Mail, {"sender" if key == "from" else key: value for key, value in raw.items()})
+    return msgspec.structs.replace(console, url=url, packs=packs)

@@ -100,6 +100,7 @@ async def announce(site: Site) -> None:
 
 
 async def deliver(site: Site, letter: Letter) -> None:
+    assert site.config.mail is not None
     message = await site.write(partial(compose, site, letter))
     if message is not None:
         try:
