@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "aiohttp>=3.14.2,<4", "aiosqlite>=0.20", "jinja2>=3.1", "msgspec>=0.19", "prometheus-client>=0.20", "PyYAML>=6",
+#     "aiohttp>=3.14.2,<4", "jinja2>=3.1", "msgspec>=0.19", "prometheus-client>=0.20", "PyYAML>=6",
 #     "uvloop>=0.19; sys_platform != 'win32'",
 # ]
 # ///
@@ -41,12 +41,14 @@ import itertools
 import json
 import logging
 import os
+import queue
 import re
 import secrets
 import select
 import signal
 import sqlite3
 import sys
+import threading
 import time
 import traceback
 import typing
@@ -55,11 +57,10 @@ from decimal import Decimal
 from email.utils import formatdate
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 try:
     import aiohttp
-    import aiosqlite
     import msgspec
     import yaml
     from aiohttp import web
@@ -1507,9 +1508,10 @@ BEGIN SELECT RAISE(ABORT, 'a grant is never deleted; add a correcting one'); END
 REQUEST_ID_BITS = 20  # below the milliseconds; a million requests in one of them
 BOX_SHIFT = 12  # where several boxes share a ledger, the number of one is the upper 8 of these bits
 
-CALLER = """
-    k.id, k.hint, k.revoked_at, k.expires_at, k.models, k.credit_limit, k.spent, k.held, a.id, a.name, a.tier, a.status,
-    a.free, a.free_expires_at, a.free_held, a.paid, a.held, a.open_requests, a.minute, a.minute_requests
+CALLER = f"""
+    k.id, k.hint, k.revoked_at, k.expires_at, k.models, coalesce(k.credit_limit, {2**62}), k.spent, k.held,
+    a.id, a.name, a.tier, a.status, a.free, a.free_expires_at, a.free_held, a.paid, a.held,
+    a.open_requests, a.minute, a.minute_requests
 """
 FIND_CALLER = f"SELECT {CALLER} FROM api_key k JOIN account a ON a.id = k.account_id WHERE k.hash = :key_hash"
 FIND_OPEN = f"""
@@ -1530,27 +1532,19 @@ INSERT_REQUEST = """
 """
 EXTEND_REQUEST = """
     UPDATE request SET hold = hold + :hold, hold_tokens = hold_tokens + :tokens, free_held = free_held + :free_held,
-        count = :count
-    WHERE id = :request_id
+        count = :count WHERE id = :request_id
 """
 RESOLVE_REQUEST = """
     UPDATE request SET state = :state, outcome = :outcome, upstream = :upstream, prompt_tokens = :prompt_tokens,
         completion_tokens = :completion_tokens, estimated = :estimated, charge = :charge, free_charge = :free_charge,
-        first_byte_ms = :first_byte_ms, resolved_at = :now
-    WHERE id = :request_id AND state = 'open'
+        first_byte_ms = :first_byte_ms, resolved_at = :now WHERE id = :request_id AND state = 'open'
 """
 
-
-class Rows(Protocol):
-    def fetchone(self) -> Any: ...
-    def fetchall(self) -> list[Any]: ...
-    def __iter__(self) -> Iterator[Any]: ...
-
-
-class Database(Protocol):
-    """A connection to the ledger, of sqlite3's shape: what the verbs need, and no more. Its errors are sqlite3's."""
-
-    def execute(self, sql: str, parameters: Mapping[str, Any] = ..., /) -> Rows: ...
+Database = Any  # a connection to the ledger, of sqlite3's shape and with its errors
+Verb = Callable[[Any, int], Any]  # a plain function of the database and its time in ms; a Refusal it returns is raised
+Admission: typing.TypeAlias = "tuple[Caller, int, int, int]"
+"""The caller, the maximum a choice, how many tokens of output are held for now, and how many beside them for the chat
+template: those serve the output where no more are to be had."""
 
 
 class Caller(msgspec.Struct):
@@ -1561,7 +1555,7 @@ class Caller(msgspec.Struct):
     revoked_at: int | None
     expires_at: int | None
     models: str | None
-    credit_limit: int | None
+    credit_limit: int
     key_spent: int
     key_held: int
     account_id: int
@@ -1581,22 +1575,17 @@ class Caller(msgspec.Struct):
     def credits(self) -> int:
         return self.free + self.paid
 
-    @property
-    def key_left(self) -> int:
-        """What the key may still spend, what its open requests hold not subtracted."""
-        return CREDITS_MAX * 1000 if self.credit_limit is None else self.credit_limit - self.key_spent
-
-    def is_past(self, now: int) -> bool:
-        """Whether the day of the free credits is over."""
+    def free_is_past(self, now: int) -> bool:
         return self.free_expires_at is not None and now >= self.free_expires_at
 
     def lapsing(self, now: int) -> int:
         """Free credits that lapse now: past their day, those that no open request reserves. The one rule of it."""
-        return max(0, self.free - self.free_held) if self.is_past(now) else 0
+        return max(0, self.free - self.free_held) if self.free_is_past(now) else 0
 
     def available(self, now: int) -> int:
         """What no open request holds, of the account's credits and of what the key may spend."""
-        return min(self.credits - self.lapsing(now) - self.held, self.key_left - self.key_held)
+        key_left = self.credit_limit - self.key_spent - self.key_held
+        return min(self.credits - self.lapsing(now) - self.held, key_left)
 
     def may_use(self, model: Model) -> bool:
         return self.models is None or model.name in self.models.split(" ")
@@ -1611,8 +1600,6 @@ class Caller(msgspec.Struct):
 
 
 class Order(NamedTuple):
-    """What a request asks of the ledger. `max_tokens` is of one choice; `slice_tokens` None holds the whole output."""
-
     request_id: int
     key_hash: bytes
     model: Model
@@ -1620,27 +1607,15 @@ class Order(NamedTuple):
     prompt_estimate: int
     template_tokens: int
     choices: int
-    max_tokens: int
-    slice_tokens: int | None
-
-
-class Admission(NamedTuple):
-    """An order that was granted: the maximum a choice, and how many tokens of output are held for now; `spare` are
-    those for the chat template, which serve the output where no more are to be had."""
-
-    caller: Caller
-    max_tokens: int
-    granted: int
-    spare: int
+    max_tokens: int  # of one choice
+    slice_tokens: int | None  # held at a time; None holds the whole output
 
 
 class Resolution(NamedTuple):
-    """How a request ended. `bill` None voids its hold."""
-
     request_id: int
     outcome: str
     upstream: str | None
-    bill: Bill | None
+    bill: Bill | None  # None voids the hold
     first_byte_ms: int | None = None
     order: Order | None = None
 
@@ -1667,50 +1642,9 @@ def find_caller(db: Database, now: int, key_hash: bytes) -> Caller | Refusal:
     return caller
 
 
-def hold(db: Database, now: int, order: Order, limits_of: Callable[[str], Tier]) -> Admission | Refusal:
-    """Admit a request and reserve its credits, or say why not."""
-    caller = find_caller(db, now, order.key_hash)
-    if isinstance(caller, Refusal):
-        return caller
-    refusal = (
-        is_suspended(caller)
-        or cannot_use(caller, order.model)
-        or over_limits(caller, limits_of(caller.tier), now)
-        or cannot_pay(caller, order, now)
-    )
-    if refusal:
-        return refusal
-    payable = caller.available(now) // order.multiplier if order.multiplier else TOKENS_MAX * CHOICES_MAX * 4
-    max_tokens = min(order.max_tokens, (payable - 2 * order.prompt_estimate) // (order.choices or 1))
-    granted = min(max_tokens * order.choices, order.slice_tokens or TOKENS_MAX * CHOICES_MAX)
-    tokens = 2 * order.prompt_estimate + granted
-    spare = max(0, min(order.template_tokens, payable - tokens))
-    tokens += spare
-
-    # From here on nothing can be refused.
-    caller.minute_requests = caller.requests_in(now // 60_000) + 1
-    caller.minute = now // 60_000
-    changes = move(db, now, caller, caller.lapsing(now), hold=cost(tokens, order.multiplier), opened=1)
-    row = {"request_id": order.request_id, "model": order.model.name, "multiplier": order.multiplier, "tokens": tokens}
-    db.execute(INSERT_REQUEST, changes | row | {"prompt_estimate": order.prompt_estimate})
-    return Admission(caller, max_tokens, granted, spare)
-
-
-def move(db: Database, now: int, caller: Caller, lapsing: int, **changes: int) -> dict[str, Any]:
-    """The one place where an account's and a key's figures change. What is held is held of the free credits first."""
-    reserved = max(0, min(changes["hold"], caller.free - lapsing - caller.free_held))
-    values: dict[str, Any] = {"free_held": reserved, "charge": 0, "free_charge": 0, "opened": 0, **changes}
-    values |= {"lapsing": lapsing, "now": now, "account_id": caller.account_id, "key_id": caller.key_id}
-    values |= {"minute": caller.minute, "minute_requests": caller.minute_requests}
-    db.execute(MOVE_ACCOUNT, values)
-    db.execute(MOVE_KEY, values)
-    return values
-
-
 def is_suspended(caller: Caller) -> Refusal | None:
-    if caller.status == "active":
-        return None
-    return caller.refuse("account_suspended", "The account is suspended. Ask who runs this service.")
+    message = "The account is suspended. Ask who runs this service."
+    return None if caller.status == "active" else caller.refuse("account_suspended", message)
 
 
 def cannot_use(caller: Caller, model: Model) -> Refusal | None:
@@ -1731,71 +1665,86 @@ def over_limits(caller: Caller, limits: Tier, now: int) -> Refusal | None:
     return None
 
 
-def cannot_pay(caller: Caller, order: Order, now: int) -> Refusal | None:
-    """Affordability: what no other request holds must pay for the least. A free model always does."""
-    least = cost(2 * order.prompt_estimate + order.choices, order.multiplier)
-    credits = caller.credits - caller.lapsing(now)
-    if order.multiplier == 0 or (credits > 0 and caller.available(now) >= max(1, least)):
-        return None
-    detail = {"credits": as_credits(credits), "required": as_credits(least)}
-    needs = f"This request needs {detail['required']} credits"
-    if credits <= 0 or credits < least:
-        message = f"{needs}, and the account has {detail['credits']}. Add credits."
-        return caller.refuse("insufficient_credits", message, **detail)
-    if caller.key_left < max(1, least):
-        message = f"{needs}, more than the limit of this API key leaves. Ask for a higher limit, or use another key."
-        return caller.refuse("key_limit_reached", message, **detail)
-    message = "Requests under way hold the credits that this one needs. Try again when one of them has ended."
-    return caller.refuse("credits_in_use", message, headers={**retry_after(1), "x-should-retry": "true"}, **detail)
+def hold(db: Database, now: int, order: Order, limits_of: Callable[[str], Tier]) -> Admission | Refusal:
+    """Admit a request and reserve its credits, or say why not."""
+    caller = find_caller(db, now, order.key_hash)
+    if isinstance(caller, Refusal):
+        return caller
+    refusal = (
+        is_suspended(caller) or cannot_use(caller, order.model) or over_limits(caller, limits_of(caller.tier), now)
+    )
+    if refusal:
+        return refusal
+    # Affordability: what no other request holds must pay for the least. A free model always does.
+    prompt, credits, available = 2 * order.prompt_estimate, caller.credits - caller.lapsing(now), caller.available(now)
+    least = cost(prompt + order.choices, order.multiplier)
+    if order.multiplier and (credits <= 0 or available < max(1, least)):
+        detail = {"credits": as_credits(credits), "required": as_credits(least)}
+        needs = f"This request needs {detail['required']} credits"
+        if credits <= 0 or credits < least:
+            why = f"{needs}, and the account has {detail['credits']}. Add credits."
+            return caller.refuse("insufficient_credits", why, **detail)
+        if caller.credit_limit - caller.key_spent < max(1, least):
+            why = f"{needs}, more than the limit of this API key leaves. Ask for a higher limit, or use another key."
+            return caller.refuse("key_limit_reached", why, **detail)
+        why = "Requests under way hold the credits that this one needs. Try again when one of them has ended."
+        return caller.refuse("credits_in_use", why, headers={**retry_after(1), "x-should-retry": "true"}, **detail)
+    payable = available // order.multiplier if order.multiplier else TOKENS_MAX * CHOICES_MAX * 4
+    max_tokens = min(order.max_tokens, (payable - prompt) // (order.choices or 1))
+    granted = min(max_tokens * order.choices, order.slice_tokens or TOKENS_MAX * CHOICES_MAX)
+    spare = max(0, min(order.template_tokens, payable - prompt - granted))
+    tokens = prompt + granted + spare
+
+    # From here on nothing can be refused.
+    caller.minute_requests, caller.minute = caller.requests_in(now // 60_000) + 1, now // 60_000
+    changes = {"hold": cost(tokens, order.multiplier), "tokens": tokens, "opened": 1, "model": order.model.name}
+    move(db, now, caller, INSERT_REQUEST, order._asdict() | changes)
+    return caller, max_tokens, granted, spare
 
 
-def find_open(db: Database, request_id: int) -> tuple[Caller, int, int, int] | None:
-    """An open request's caller, multiplier, hold, and what that reserves of the free credits."""
-    row = db.execute(FIND_OPEN, {"request_id": request_id}).fetchone()
-    return (Caller(*row[3:]), *row[:3]) if row else None
+def move(db: Database, now: int, caller: Caller, request_sql: str, changes: dict[str, Any]) -> None:
+    """The one place where figures change: the account's, the key's, and those of the request's row by `request_sql`.
+    What is held is held of the free credits first."""
+    lapsing = caller.lapsing(now)
+    reserved = max(0, min(changes["hold"], caller.free - lapsing - caller.free_held))
+    values = {"charge": 0, "free_charge": 0, "free_held": reserved, "lapsing": lapsing, "opened": 0, "now": now}
+    values |= {"account_id": caller.account_id, "key_id": caller.key_id}
+    values |= {"minute": caller.minute, "minute_requests": caller.minute_requests, **changes}
+    for sql in (MOVE_ACCOUNT, MOVE_KEY, request_sql):
+        db.execute(sql, values)
 
 
 def extend(db: Database, now: int, request_id: int, tokens: int, count: int) -> int:
     """Reserve up to `tokens` more tokens of output and note how many came so far; how many were granted, 0 if none."""
-    found = find_open(db, request_id)
-    if found is None:
+    row = db.execute(FIND_OPEN, {"request_id": request_id}).fetchone()
+    if row is None:
         return 0
-    caller, multiplier, _, _ = found
+    multiplier, caller = row[0], Caller(*row[3:])
     granted = max(0, min(tokens, caller.available(now) // multiplier)) if multiplier else tokens
 
-    changes = move(db, now, caller, caller.lapsing(now), hold=cost(granted, multiplier))
-    db.execute(EXTEND_REQUEST, changes | {"request_id": request_id, "tokens": granted, "count": count})
+    changes = {"request_id": request_id, "hold": cost(granted, multiplier), "tokens": granted, "count": count}
+    move(db, now, caller, EXTEND_REQUEST, changes)
     return granted
 
 
 def settle(db: Database, now: int, end: Resolution) -> Settled | None:
-    """Resolve a request's hold: debit its bill, or nothing if it has none, and release the rest.
-
-    Free credits go first; past their day, as far as this request reserved them. None if there is no open hold of that
-    id: it was never granted, or is resolved already.
-    """
-    found = find_open(db, end.request_id)
-    if found is None:
+    """Debit a request's bill and release the rest of its hold. Free credits go first; past their day, as far as this
+    request reserved them. None if there is no open hold of that id: it was never granted, or is resolved already."""
+    row = db.execute(FIND_OPEN, {"request_id": end.request_id}).fetchone()
+    if row is None:
         return None
-    caller, multiplier, held, reserved = found
+    (multiplier, held, reserved), caller = row[:3], Caller(*row[3:])
     prompt, completion, estimated = end.bill or Bill(0, 0, False)
     charge = cost(prompt + completion, multiplier)
-    from_free = min(caller.free, charge, reserved if caller.is_past(now) else charge)
+    from_free = min(caller.free, charge, reserved if caller.free_is_past(now) else charge)
     caller.free -= from_free
     caller.free_held -= reserved
-    row: dict[str, Any] = {
-        "request_id": end.request_id,
-        "state": "void" if end.bill is None else "settled",
-        "outcome": end.outcome,
-    }
-    row |= {"upstream": end.upstream, "first_byte_ms": end.first_byte_ms, "estimated": int(estimated)}
-    row |= {"prompt_tokens": prompt, "completion_tokens": completion, "charge": charge, "free_charge": from_free}
 
-    db.execute(RESOLVE_REQUEST, row | {"now": now})
-    released = {"hold": -held, "free_held": -reserved, "opened": -1}
-    lapsing = caller.lapsing(now)
-    move(db, now, caller, lapsing, **released, charge=charge, free_charge=from_free)
-    return Settled(charge, caller.credits - lapsing - (charge - from_free))
+    changes = {"hold": -held, "free_held": -reserved, "opened": -1, "charge": charge, "free_charge": from_free}
+    used = {"prompt_tokens": prompt, "completion_tokens": completion, "estimated": int(estimated)}
+    state = "void" if end.bill is None else "settled"
+    move(db, now, caller, RESOLVE_REQUEST, {**end._asdict(), **used, **changes, "state": state})
+    return Settled(charge, caller.credits - caller.lapsing(now) - (charge - from_free))
 
 
 def recover(db: Database, now: int) -> int:
@@ -1806,56 +1755,28 @@ def recover(db: Database, now: int) -> int:
     return len(rows)
 
 
+def insert(db: Database, table: str, **row: Any) -> int:
+    """A new row, its columns as they are called here; its id."""
+    sql = f"INSERT INTO {table} ({', '.join(row)}) VALUES (:{', :'.join(row)}) RETURNING id"
+    return int(db.execute(sql, row).fetchone()[0])
+
+
 def create_account(db: Database, now: int, name: str, tier: str, free: int, free_days: int) -> int:
     """An account with its free credits; its id."""
-    expires_at = now + free_days * 86_400_000 if free else None
-    values = {"name": name, "tier": tier, "now": now, "free": free, "expires_at": expires_at}
-    sql = """
-        INSERT INTO account (name, tier, created_at, free, free_expires_at, granted)
-        VALUES (:name, :tier, :now, :free, :expires_at, :free) RETURNING id
-    """
-    account_id = int(db.execute(sql, values).fetchone()[0])
+    end = now + free_days * 86_400_000 if free else None
+    given = {"free": free, "granted": free, "free_expires_at": end}
+    account_id = insert(db, "account", name=name, tier=tier, created_at=now, **given)
     if free:
-        insert_grant(db, now, account_id, "free", free, expires_at=expires_at)
+        grant = {"account_id": account_id, "kind": "free", "amount": free}
+        insert(db, "credit_grant", **grant, created_at=now, expires_at=end)
     return account_id
 
 
-def insert_grant(
-    db: Database,
-    now: int,
-    account_id: int,
-    kind: str,
-    amount: int,
-    ref: str | None = None,
-    note: str | None = None,
-    expires_at: int | None = None,
-) -> None:
-    sql = """
-        INSERT INTO credit_grant (account_id, kind, amount, ref, note, created_at, expires_at)
-        VALUES (:account_id, :kind, :amount, :ref, :note, :now, :expires_at)
-    """
-    values = {"account_id": account_id, "kind": kind, "amount": amount, "ref": ref, "note": note, "now": now}
-    db.execute(sql, {**values, "expires_at": expires_at})
-
-
-def create_key(
-    db: Database,
-    now: int,
-    account_id: int,
-    label: str | None = None,
-    credit_limit: int | None = None,
-    expires_at: int | None = None,
-    models: str | None = None,
-) -> tuple[str, int]:
-    """A new key, which nobody can read again, and its id."""
+def create_key(db: Database, now: int, account_id: int, **more: Any) -> tuple[str, int]:
+    """A new key, which nobody can read again, and its id; `more` are its label and its own limits."""
     key = f"sk-{secrets.token_urlsafe(32)}"
-    sql = """
-        INSERT INTO api_key (account_id, hash, hint, label, created_at, credit_limit, expires_at, models)
-        VALUES (:account_id, :hash, :hint, :label, :now, :credit_limit, :expires_at, :models) RETURNING id
-    """
-    values = {"account_id": account_id, "hash": hash_key(key), "hint": f"…{key[-4:]}", "label": label, "now": now}
-    limits = {"credit_limit": credit_limit, "expires_at": expires_at, "models": models}
-    return key, int(db.execute(sql, values | limits).fetchone()[0])
+    row = {"account_id": account_id, "hash": hash_key(key), "hint": f"…{key[-4:]}", "created_at": now}
+    return key, insert(db, "api_key", **row, **more)
 
 
 def hash_key(key: str) -> bytes:
@@ -1873,15 +1794,22 @@ def create_owner(db: Database, now: int, config: Config) -> str | None:
 
 # ---- Ledger: the one writer -----------------------------------------------------------------------------------------
 
-Verb = Callable[[Any, int], Any]
-"""A plain function of the database and its time in ms: read, decide, write. A Refusal that it returns is raised."""
+
+class Entry(msgspec.Struct, eq=False):
+    """A verb in the ledger's queue; one that must be done stays there until it is in the database. A commit outlives
+    the process; one that is power-proof is on the disk before anybody hears of it. Holds and extends need not be:
+    should the power fail, an answer that was under way may be forgotten, none that ended."""
+
+    verb: Verb
+    future: Any = None
+    whose: Any = None  # the account's id or the key's hash: several boxes lock their accounts in order
+    must_be_done: str = ""  # what the log calls it, if it is done only after nobody waits any more
+    power_proof: bool = True
+    writes: bool = True
+    queued: float = 0
 
 
 class Connection(sqlite3.Connection):
-    """SQLite's connection as the ledger uses it. aiosqlite calls `commit` in its thread: one hop runs a whole batch."""
-
-    batch: Sequence[Entry] = ()
-    outcomes: Sequence[Any] = ()
     synchronous = "FULL"
 
     def begin(self, batch: Sequence[Entry]) -> int:
@@ -1893,73 +1821,40 @@ class Connection(sqlite3.Connection):
         self.execute("BEGIN IMMEDIATE" if any(entry.writes for entry in batch) else "BEGIN")
         return now_ms()
 
-    def commit(self) -> None:
-        self.outcomes = run_batch(self, self.batch)
 
-
-class SqliteLedger:
-    """Where the writer's batches run: SQLite in aiosqlite's thread. extras/postgres.py has one of the same shape."""
-
-    box = 0
-    sequence_bits = REQUEST_ID_BITS
-    is_cut_off = False
-    find_last = "SELECT coalesce(max(id), 0) FROM request"
-    settle = staticmethod(settle)
-    recover = staticmethod(recover)
-
-    async def open(self, config: Config) -> None:
-        def factory(*args: Any, **options: Any) -> Connection:
-            self.connection = Connection(*args, **options)
-            prepare(self.connection, config.database_path)
-            return self.connection
-
-        path = config.database_path
-        self.thread = await aiosqlite.connect(path, isolation_level=None, timeout=BUSY_SECONDS, factory=factory)
-
-    async def run(self, batch: Sequence[Entry]) -> Sequence[Any]:
-        self.connection.batch = batch
-        await self.thread.commit()
-        return self.connection.outcomes
-
-    async def close(self) -> None:
-        await self.thread.close()
-
-
-def connect(config: Config) -> Any:
-    """A connection to the ledger for one command: checked, and waiting for the server's short transactions."""
+def connect(config: Config, busy_seconds: float = 30) -> Any:
+    """A connection to the ledger, which is made if it is new. A command waits for the server's short transactions."""
     if config.is_postgres:
         return require_extra("postgres").connect(config)
-    db = sqlite3.connect(config.database_path, isolation_level=None, timeout=30, factory=Connection)
-    prepare(db, config.database_path)
-    return db
-
-
-def prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Set a new connection up. FULL: a commit is on the disk before anybody hears of it (see `Entry`)."""
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute("PRAGMA foreign_keys = ON")
+    path = config.database_path
+    db = sqlite3.connect(path, isolation_level=None, timeout=busy_seconds, factory=Connection, check_same_thread=False)
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        db.execute(f"PRAGMA {pragma}")
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
         raise CommandError(f"{path}: was made by a newer proxy (schema {version}, this one knows {SCHEMA_VERSION})")
     if 0 < version < SCHEMA_VERSION:
-        raise CommandError(
-            f"{path}: has the schema of an older proxy ({version}); `serve` brings it to {SCHEMA_VERSION}"
-        )
+        old = f"has the schema of an older proxy ({version}); `serve` brings it to {SCHEMA_VERSION}"
+        raise CommandError(f"{path}: {old}")
     if version == 0:
         with transaction(db):
             if db.execute("PRAGMA user_version").fetchone() == (0,):  # nobody else made it meanwhile
                 for statement in split_statements(SCHEMA):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    return db
+
+
+def split_statements(script: str) -> list[str]:
+    """A statement, also a trigger with others in it, ends with a `;` at the end of a line."""
+    return [statement for part in script.split(";\n") if (statement := part.strip())]
 
 
 @contextlib.contextmanager
-def transaction(db: Any) -> Iterator[int]:
+def transaction(db: Any, batch: Sequence[Entry] = ()) -> Iterator[int]:
     """All or nothing; gives the database's time in ms."""
-    now = db.begin([Entry(lambda db, now: None)])
     try:
-        yield now
+        yield db.begin(batch or [Entry(lambda db, now: None)])
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:
@@ -1967,29 +1862,13 @@ def transaction(db: Any) -> Iterator[int]:
         raise
 
 
-def split_statements(script: str) -> Iterator[str]:
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement.strip()
-            statement = ""
-
-
 def run_batch(db: Any, batch: Sequence[Entry]) -> list[Any]:
-    """Run ledger verbs in one transaction; each one's outcome, or the exception that it met.
-
-    A verb that fails is alone in it: the batch is rolled back and every verb gets a transaction of its own. Those that
-    only read do not wait for the write lock of another process.
-    """
+    """Run verbs in one transaction; each one's outcome, or the exception that it met. A verb that fails is alone in it:
+    the batch is rolled back, and each gets a transaction of its own. Those that only read wait for no write lock."""
     try:
-        now = db.begin(batch)
-        outcomes = [entry.verb(db, now) for entry in batch]
-        db.execute("COMMIT")
-        return outcomes
+        with transaction(db, batch) as now:
+            return [entry.verb(db, now) for entry in batch]
     except Exception as error:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
         if len(batch) == 1:
             return [error]
         if is_unavailable(error):
@@ -2006,49 +1885,53 @@ def is_unavailable(outcome: Any) -> bool:
     return type(outcome) in (sqlite3.OperationalError, sqlite3.DatabaseError)
 
 
-class Entry(msgspec.Struct, eq=False):
-    """A verb in the ledger's queue. One that must be done stays there until it is in the database.
+class SqliteLedger:
+    """Where the writer's batches run: SQLite in a thread of its own. extras/boxes.py has one of the same shape."""
 
-    Every commit outlives the process; one that is power-proof is on the disk before anybody hears of it. Holds and
-    extends need not be: should the power fail, an answer that was under way may be forgotten, none that ended.
-    """
+    box = 0
+    sequence_bits = REQUEST_ID_BITS
+    is_cut_off = False
+    find_last = "SELECT coalesce(max(id), 0) FROM request"
+    settle = staticmethod(settle)
+    recover = staticmethod(recover)
 
-    verb: Verb
-    future: Any = None
-    whose: Any = None
-    """The account's id or the key's hash: several boxes lock their accounts in order."""
-    must_be_done: str = ""
-    """What the log calls it, if it is done only after nobody waits any more."""
-    power_proof: bool = True
-    writes: bool = True
-    queued: float = 0
+    async def open(self, config: Config) -> None:
+        self.db = connect(config, BUSY_SECONDS)
+        self.batches: queue.SimpleQueue[Sequence[Entry] | None] = queue.SimpleQueue()
+        self.outcomes: asyncio.Queue[Sequence[Any]] = asyncio.Queue()
+        self.thread = threading.Thread(target=self.work, args=[asyncio.get_running_loop()], daemon=True)
+        self.thread.start()
+
+    def work(self, loop: asyncio.AbstractEventLoop) -> None:
+        while batch := self.batches.get():
+            loop.call_soon_threadsafe(self.outcomes.put_nowait, run_batch(self.db, batch))
+
+    async def run(self, batch: Sequence[Entry]) -> Sequence[Any]:
+        self.batches.put(batch)
+        return await self.outcomes.get()
+
+    async def close(self) -> None:
+        self.batches.put(None)
+        await asyncio.to_thread(self.thread.join)
+        self.db.close()
 
 
 class Ledger:
-    """The one writer. All that is queued runs in one transaction and one hop to the database's thread.
-
-    A batch forms by itself while the one before is being written: nothing waits for a timer. Nothing here is tied to
-    the task that asked: an answer that nobody awaits any more is dropped.
-    """
+    """The one writer. All that is queued runs in one transaction and one hop to the database's thread; the next batch
+    forms meanwhile, without a timer. Nothing is tied to the task that asked: an answer nobody awaits is dropped."""
 
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        self.config = config
-        self.say = say
-        self.queue: list[Entry] = []
-        self.wake = asyncio.Event()
-        self.closing = False
-        self.unavailable = False
-        self.transactions = self.verbs = 0
-        self.ticks = 0
-        self.writer: asyncio.Task[None] | None = None
+        self.config, self.say = config, say
         self.database = require_extra("boxes").PostgresLedger(say) if config.is_postgres else SqliteLedger()
+        self.queue: list[Entry] = []
+        self.unavailable = False
+        self.transactions = self.verbs = self.ticks = 0
+        self.writer: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Open the database, make it if it is new, and settle what a crash left open."""
         await self.database.open(self.config)
-        self.writer = asyncio.create_task(self.write())
-        recovered = await self.submit(self.database.recover)
-        if recovered:
+        if recovered := await self.submit(self.database.recover):
             self.say(f"recovered {recovered} requests that a crash interrupted; `audit` proves the books")
         find_last = self.database.find_last
         last_id = await self.submit(lambda db, now: db.execute(find_last).fetchone()[0])
@@ -2056,8 +1939,6 @@ class Ledger:
 
     async def close(self) -> None:
         """Wait for what must be done, but not for ever: recovery settles at the next start what cannot be written."""
-        self.closing = True
-        self.wake.set()
         if self.writer is not None:
             await asyncio.wait([self.writer], timeout=SETTLE_PATIENCE_SECONDS)
             self.writer.cancel()
@@ -2072,18 +1953,14 @@ class Ledger:
 
     def submit(self, verb: Verb, **how: Any) -> asyncio.Future[Any]:
         """Queue a verb (`how`: see `Entry`). The future has its outcome once it is committed; a Refusal is raised."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
-        self.queue.append(Entry(verb, future, queued=loop.time(), **how))
-        self.wake.set()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.queue.append(Entry(verb, future, queued=time.monotonic(), **how))
+        if self.writer is None or self.writer.done():
+            self.writer = asyncio.create_task(self.write())
         return future
 
     async def write(self) -> None:
-        while self.queue or not self.closing:
-            if not self.queue:
-                self.wake.clear()
-                await self.wake.wait()
-                continue
+        while self.queue:
             waiting = 0
             while waiting < len(self.queue):  # whoever is ready in this pass of the loop comes along
                 waiting = len(self.queue)
@@ -2107,10 +1984,9 @@ class Ledger:
             self.unavailable = failed
             self.say(f"ledger unavailable: {outcome}" if failed else "ledger available again")
         again = failed and bool(entry.must_be_done)
+        if again and time.monotonic() - entry.queued < SETTLE_PATIENCE_SECONDS:
+            return False
         if failed:
-            waited = asyncio.get_running_loop().time() - entry.queued
-            if again and waited < SETTLE_PATIENCE_SECONDS:
-                return False
             outcome = ledger_unavailable()
         if entry.future.done():
             if entry.must_be_done and not again and not entry.future.cancelled():
@@ -2122,36 +1998,32 @@ class Ledger:
             entry.future.set_result(outcome)
         return not again
 
-    async def identify(self, key_hash: bytes) -> Caller:
+    def identify(self, key_hash: bytes) -> asyncio.Future[Caller]:
         """The key's account; Refusal 401 if there is none."""
         verb = partial(find_caller, key_hash=key_hash)
-        caller: Caller = await self.submit(verb, whose=key_hash, power_proof=False, writes=False)
-        return caller
+        return self.submit(verb, whose=key_hash, power_proof=False, writes=False)
 
-    async def ping(self) -> None:
+    def ping(self) -> asyncio.Future[None]:
         """Refusal 503 unless the database answers and its write lock can be had."""
-        await self.submit(lambda db, now: None, power_proof=False)
+        return self.submit(lambda db, now: None, power_proof=False)
 
 
 class Hold:
-    """The credits that one request reserves, from admission to settle.
-
-    `async with` takes it, and every way out of the block resolves it, once. `sent` says that an upstream has
-    the request, `outcome` how it ended; both and the meter decide what is owed.
-    """
+    """The credits that one request reserves. `async with` takes it, and every way out of the block resolves it, once.
+    `sent` says that an upstream has the request, `outcome` how it ended; both and the meter decide what is owed."""
 
     def __init__(self, ledger: Ledger, order: Order, meter: Meter) -> None:
-        self.ledger = ledger
-        self.order = order
-        self.meter = meter
+        self.ledger, self.order, self.meter = ledger, order, meter
         self.sent = False
         self.outcome = "client_gone"
         self.upstream: str | None = None
         self.first_byte_ms: int | None = None
         self.resolution: Resolution | None = None
         self.settled: Settled | None = None
+        self.lowered_to: int | None = None  # the maximum a choice, where the balance pays for less than was asked for
+        self.watermark = self.granted = self.spare = 0  # a count past `watermark` is for `cover`
         self.at_limit = False  # past the bound, with no more credits to be had
-        self.next_slice: asyncio.Future[int] | None = None
+        self.next_slice: asyncio.Future[int] | None = None  # asked ahead
 
     async def __aenter__(self) -> Hold:
         verb = partial(hold, order=self.order, limits_of=self.ledger.config.limits)
@@ -2160,35 +2032,16 @@ class Hold:
         except asyncio.CancelledError:
             self.submit_resolution()  # behind the hold in the queue, so it finds what that did
             raise
-        self.caller = admission.caller
-        self.max_tokens = admission.max_tokens
-        self.bound = admission.max_tokens * self.order.choices
-        self.granted = admission.granted
-        self.spare = admission.spare
-        self.set_watermark()
+        self.caller, max_tokens, self.granted, self.spare = admission
+        self.bound = max_tokens * self.order.choices
+        self.lowered_to = max_tokens if max_tokens < self.order.max_tokens else None
         return self
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self.resolution is None:
-            if isinstance(error, Refusal):
-                self.outcome = error.code
-            elif isinstance(error, Exception):
-                self.outcome = "internal_error"
-            with contextlib.suppress(Refusal):  # the ledger keeps trying; the error on its way out matters more
-                await self.settle()
-
-    @property
-    def lowered_to(self) -> int | None:
-        """The maximum a choice, if the balance pays for less than was asked for."""
-        return self.max_tokens if self.max_tokens < self.order.max_tokens else None
-
-    def bill(self) -> Bill | None:
-        """What is owed by how it ended. None voids: nothing went to an upstream, or it failed and produced nothing."""
-        complete = self.outcome == "ok"
-        by_client = self.outcome in ("client_gone", "client_stalled")
-        if not self.sent or not (complete or by_client or self.meter.produced):
-            return None
-        return self.meter.bill(self.order.prompt_estimate, complete)
+        if self.resolution is None and isinstance(error, Exception):
+            self.outcome = error.code if isinstance(error, Refusal) else "internal_error"
+        with contextlib.suppress(Refusal):  # the ledger keeps trying; the error on its way out matters more
+            await self.settle()
 
     async def settle(self) -> None:
         """Resolve the hold by `outcome`, and wait until that is committed. Refusal 503 if it cannot be, for now."""
@@ -2196,53 +2049,43 @@ class Hold:
             self.settled = await self.submit_resolution()
 
     def submit_resolution(self) -> asyncio.Future[Any]:
-        bill = self.bill()
-        end = Resolution(self.order.request_id, self.outcome, self.upstream, bill, self.first_byte_ms, self.order)
+        """Void where nothing went to an upstream, or it failed and produced nothing; else what was used is owed."""
+        complete = self.outcome == "ok"
+        is_owed = complete or self.outcome in ("client_gone", "client_stalled") or self.meter.produced
+        bill = self.meter.bill(self.order.prompt_estimate, complete) if self.sent and is_owed else None
+        request_id = self.order.request_id
+        end = Resolution(request_id, self.outcome, self.upstream, bill, self.first_byte_ms, self.order)
         self.resolution = end
         verb = partial(self.ledger.database.settle, end=end)
-        name = f"the settle of {request_name(self.order.request_id)}"
+        name = f"the settle of {request_name(request_id)}"
         return self.ledger.submit(verb, whose=self.order.key_hash, must_be_done=name)
 
-    def set_watermark(self) -> None:
-        """The count at which to look again: half a slice before the end, or at the bound, where the answer ends."""
-        ahead = (self.order.slice_tokens or 0) // 2 if self.granted < self.bound else 0
-        self.watermark = self.granted - ahead
-
     def needed(self, tally: Meter) -> int:
-        """How many tokens of output must be held.
-
-        The upstream was told to stop at the bound, so an estimate that passes it may be too high: where no more credits
-        are to be had, only the count that is certain says that the upstream goes on regardless.
-        """
+        """How many tokens of output must be held. The upstream was told to stop at the bound, so an estimate past it
+        may be too high: where credits end there, only the certain count says that the upstream goes on regardless."""
         return tally.count_certain if self.at_limit else tally.count
 
     async def cover(self, tally: Meter) -> bool:
-        """Whether credits for what `tally` counted are held; asks ahead, and waits only when the slice is used up.
-
-        False if the account cannot pay for more. Refusal 503 if the ledger cannot be written.
-        """
+        """Whether credits for what `tally` counted are held; False if the account cannot pay for more. Asks ahead, and
+        waits only when the slice is used up. Refusal 503 if the ledger cannot be written."""
+        if self.next_slice is not None:  # `watermark` is the slice's end since it was asked for: now it is needed
+            with contextlib.suppress(Refusal):  # then it is asked for again
+                self.granted += await self.next_slice
+            self.next_slice = None
         while (needed := self.needed(tally)) > self.granted:
-            ahead, self.next_slice = self.next_slice, None
-            try:
-                tokens = await (ahead or self.ask_slice(tally, needed - self.granted))
-            except Refusal:
-                if ahead is None:
-                    raise
-                continue
-            if tokens == 0 and ahead is None:
+            tokens = await self.ask_slice(tally, needed - self.granted)
+            if tokens == 0:
                 tokens, self.spare = self.spare, 0
-            self.granted += tokens
-            if tokens == 0 and ahead is None:
+            if tokens == 0:
                 if self.at_limit or self.granted < self.bound:
                     return False
                 self.at_limit = True
-        if self.next_slice is not None and self.next_slice.done():
-            self.granted += 0 if self.next_slice.exception() else self.next_slice.result()
-            self.next_slice = None
-        self.set_watermark()
-        if tally.count > self.watermark and self.granted < self.bound:
-            self.next_slice = self.next_slice or self.ask_slice(tally)
-            self.watermark = self.granted
+            self.granted += tokens
+        self.watermark = self.granted
+        if self.granted < self.bound:  # there the answer ends, and nothing more is asked ahead
+            self.watermark -= (self.order.slice_tokens or 0) // 2
+            if tally.count > self.watermark:
+                self.next_slice, self.watermark = self.ask_slice(tally), self.granted
         return True
 
     async def cover_bill(self, tally: Meter) -> bool:
@@ -2270,10 +2113,9 @@ def request_name(request_id: int) -> str:
 
 def extra(name: str) -> Any:
     """A companion of extras/, or None where it, or a package that it needs, is not there."""
-    try:
+    with contextlib.suppress(ModuleNotFoundError):
         return importlib.import_module(f"extras.{name}")
-    except ModuleNotFoundError:
-        return None
+    return None
 
 
 def require_extra(name: str) -> Any:

@@ -238,7 +238,9 @@ def add_key(
         raise CommandError(f"the account tier {account.tier} has {keys} an account; revoke one first")
     if credit_limit is not None and credit_limit < 0:
         raise CommandError("a key's credit limit must not be negative")
-    return proxy.create_key(db, now, account.id, label, credit_limit, expires_at, models)
+    return proxy.create_key(
+        db, now, account.id, label=label, credit_limit=credit_limit, expires_at=expires_at, models=models
+    )
 
 
 def revoke_key(db: Database, now: int, key_id: int, account_id: int | None = None) -> int:
@@ -284,7 +286,8 @@ def grant_paid(
     if -amount > account.removable:
         most = f"{as_credits(account.removable):,}"
         raise CommandError(f"{account.name} has {most} purchased credits that are not in use; take that or less")
-    proxy.insert_grant(db, now, account.id, "paid", amount, ref, note)
+    row = {"account_id": account.id, "kind": "paid", "amount": amount, "ref": ref, "note": note}
+    proxy.insert(db, "credit_grant", **row, created_at=now)
     db.execute(GRANT_PAID, {"id": account.id, "amount": amount})
     return True
 

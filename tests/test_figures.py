@@ -41,7 +41,7 @@ class Books:
         model = self.catalog.models[name]
         order = proxy.Order(number, proxy.hash_key(key or self.key), model, model.price, 5, 0, 1, output, None)
         admission = proxy.hold(self.db, at, order, lambda tier: proxy.Tier())
-        assert isinstance(admission, proxy.Admission), admission
+        assert not isinstance(admission, proxy.Refusal), admission
         return number
 
     def settle(self, number: int, at: int, tokens: int | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import proxy
 from extras.migration import migrate
@@ -69,9 +70,7 @@ def test_a_migration_tells_free_credits_from_purchased_ones(config: Path, ledger
 
 def test_a_migrated_schema_is_that_of_a_new_database(config: Path, ledger: Path, tmp_path: Path) -> None:
     migrate(ledger)
-    new = sqlite3.connect(tmp_path / "new.db", isolation_level=None, factory=proxy.Connection)
-    proxy.prepare(new, tmp_path / "new.db")
-    new.close()
+    proxy.connect(replace(proxy.load_config(config), database="new.db")).close()
     schema = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
     assert rows(ledger, schema) == rows(tmp_path / "new.db", schema)
     assert rows(ledger, "PRAGMA user_version") == [(proxy.SCHEMA_VERSION,)]

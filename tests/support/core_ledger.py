@@ -247,8 +247,9 @@ def hold(ordered: Any, now: int) -> Verb:
 
 def admission_of(outcome: Any) -> Admitted:
     """Of a hold that was granted."""
-    assert isinstance(outcome, proxy.Admission), outcome
-    return Admitted(outcome.max_tokens, outcome.granted, outcome.spare)
+    assert not isinstance(outcome, Exception), outcome
+    _, *admitted = outcome
+    return Admitted(*admitted)
 
 
 def refusal_of(outcome: Any) -> str:
@@ -380,7 +381,7 @@ class Clerk:
 
     async def trace(self, statements: list[str]) -> None:
         """Note every statement from now on."""
-        await self.ledger.database.thread.set_trace_callback(statements.append)
+        await self.submit(lambda db, now: db.set_trace_callback(statements.append))
 
     def hold(self, ordered: Any) -> Any:
         """The hold of a streamed request: `async with`, then `under_way`, `came` and `word`."""
