@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "aiohttp>=3.14.2,<4", "jinja2>=3.1", "msgspec>=0.19", "prometheus-client>=0.20", "PyYAML>=6",
+#     "aiohttp>=3.14.2,<4", "aiosqlite>=0.20", "jinja2>=3.1", "msgspec>=0.19", "prometheus-client>=0.20", "PyYAML>=6",
 #     "uvloop>=0.19; sys_platform != 'win32'",
 # ]
 # ///
@@ -41,14 +41,12 @@ import itertools
 import json
 import logging
 import os
-import queue
 import re
 import secrets
 import select
 import signal
 import sqlite3
 import sys
-import threading
 import time
 import traceback
 import typing
@@ -61,6 +59,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 try:
     import aiohttp
+    import aiosqlite
     import msgspec
     import yaml
     from aiohttp import web
@@ -1810,7 +1809,14 @@ class Entry(msgspec.Struct, eq=False):
 
 
 class Connection(sqlite3.Connection):
+    """SQLite's, whose `commit`, which aiosqlite calls in its thread, runs a whole batch: one hop for all of it."""
+
+    batch: Sequence[Entry] = ()
+    outcomes: Sequence[Any] = ()
     synchronous = "FULL"
+
+    def commit(self) -> None:
+        self.outcomes = run_batch(self, self.batch)
 
     def begin(self, batch: Sequence[Entry]) -> int:
         """Begin a transaction, which only waits for the write lock if a verb writes; the database's time in ms."""
@@ -1827,7 +1833,7 @@ def connect(config: Config, busy_seconds: float = 30) -> Any:
     if config.is_postgres:
         return require_extra("postgres").connect(config)
     path = config.database_path
-    db = sqlite3.connect(path, isolation_level=None, timeout=busy_seconds, factory=Connection, check_same_thread=False)
+    db = sqlite3.connect(path, isolation_level=None, timeout=busy_seconds, factory=Connection)
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
         db.execute(f"PRAGMA {pragma}")
     (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -1886,7 +1892,7 @@ def is_unavailable(outcome: Any) -> bool:
 
 
 class SqliteLedger:
-    """Where the writer's batches run: SQLite in a thread of its own. extras/boxes.py has one of the same shape."""
+    """Where the writer's batches run: SQLite in aiosqlite's thread. extras/boxes.py has one of the same shape."""
 
     box = 0
     sequence_bits = REQUEST_ID_BITS
@@ -1896,24 +1902,19 @@ class SqliteLedger:
     recover = staticmethod(recover)
 
     async def open(self, config: Config) -> None:
-        self.db = connect(config, BUSY_SECONDS)
-        self.batches: queue.SimpleQueue[Sequence[Entry] | None] = queue.SimpleQueue()
-        self.outcomes: asyncio.Queue[Sequence[Any]] = asyncio.Queue()
-        self.thread = threading.Thread(target=self.work, args=[asyncio.get_running_loop()], daemon=True)
-        self.thread.start()
+        def connector() -> Any:
+            self.db = connect(config, BUSY_SECONDS)
+            return self.db
 
-    def work(self, loop: asyncio.AbstractEventLoop) -> None:
-        while batch := self.batches.get():
-            loop.call_soon_threadsafe(self.outcomes.put_nowait, run_batch(self.db, batch))
+        self.thread = await aiosqlite.Connection(connector, iter_chunk_size=1)
 
     async def run(self, batch: Sequence[Entry]) -> Sequence[Any]:
-        self.batches.put(batch)
-        return await self.outcomes.get()
+        self.db.batch = batch
+        await self.thread.commit()
+        return self.db.outcomes
 
     async def close(self) -> None:
-        self.batches.put(None)
-        await asyncio.to_thread(self.thread.join)
-        self.db.close()
+        await self.thread.close()
 
 
 class Ledger:
