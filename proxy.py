@@ -1900,9 +1900,10 @@ class SqliteLedger:
     find_last = "SELECT coalesce(max(id), 0) FROM request"
     settle = staticmethod(settle)
     recover = staticmethod(recover)
+    db: Connection
 
     async def open(self, config: Config) -> None:
-        def connector() -> Any:
+        def connector() -> Connection:
             self.db = connect(config, BUSY_SECONDS)
             return self.db
 
