@@ -924,16 +924,37 @@ class Ask:
         self.errors: dict[str, list[str]] = {}
         self.quarters = 0  # of a token, so that only the sum is rounded
         self.documents_by_url = 0
-        main: Any = body.get(api.prompt[0])
-        self.prompts = len(main) if types_in(main) & {str, list} else 1
-        self.check()
+        model, options, main = body.get("model"), body.get("stream_options"), body.get(api.prompt[0])
+        within = options if isinstance(options, dict) else {}
+        for name, value in (*body.items(), *((f"stream_options.{name}", None) for name in within)):
+            self.check_name(name, api.names, value)
+        right = isinstance(model, str) and 0 < len(model) <= MODEL_NAME_MAX
+        self.expect(right, "model", f"must be the id of a model, of at most {MODEL_NAME_MAX} characters")
+        self.expect(isinstance(body.get("stream"), bool | None), "stream", "must be a boolean")
+        self.expect(isinstance(options, dict | None), "stream_options", "must be an object")
+        asked = within.get("include_usage")
+        self.expect(isinstance(asked, bool | None), "stream_options.include_usage", "must be a boolean")
+        for name in (*api.choices, *api.bounds):
+            value, most = body.get(name), CHOICES_MAX if name in api.choices else TOKENS_MAX
+            right = value is None or (type(value) is int and 1 <= value <= most)
+            self.expect(right, name, f"must be an integer from 1 to {most}")
+        expected = api.expects(main)
+        self.expect(not expected, api.prompt[0], f"must be {expected}")
+        tools = [body]
+        for tool in tools:  # which may be a namespace of others
+            inner = tool.get("tools")
+            tools += [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
+            if tool.get("type") in ("mcp", "file_search", "code_interpreter"):
+                self.expect(False, "tools", f"{quoted(tool['type'])} {OF_OTHERS}")
+        self.prompts = len(body[api.prompt[0]]) if types_in(main) & {str, list} else 1
         self.estimate()
         if self.errors:
             name, why = next(iter(self.errors.items()))
             raise Refusal("validation_failed", f"{name}: {why[0]}", param=name, top={"errors": self.errors})
+
         self.model: str = body["model"]
         self.stream = bool(body.get("stream") and api.bounds)
-        self.wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.wants_usage = bool(asked)
         self.choices = max((body.get(n) or 1 for n in api.choices), default=1) * self.prompts if api.bounds else 0
         self.max_tokens: int | None = min((body[name] for name in api.bounds if body.get(name)), default=None)
         self.prompt_estimate = -(-self.quarters // 4) if api.priced else 0
@@ -951,30 +972,6 @@ class Ask:
             self.expect(PASSES[meant](value) if meant in PASSES else value is None, name, why)
         elif meant != name:
             self.expect(False, name, f"is too like {meant}, which some servers would take it for; use that name")
-
-    def check(self) -> None:
-        api, body, model, options = self.api, self.body, self.body.get("model"), self.body.get("stream_options")
-        within = options if isinstance(options, dict) else {}
-        for name, value in (*body.items(), *((f"stream_options.{name}", None) for name in within)):
-            self.check_name(name, api.names, value)
-        right = isinstance(model, str) and 0 < len(model) <= MODEL_NAME_MAX
-        self.expect(right, "model", f"must be the id of a model, of at most {MODEL_NAME_MAX} characters")
-        self.expect(isinstance(body.get("stream"), bool | None), "stream", "must be a boolean")
-        self.expect(isinstance(options, dict | None), "stream_options", "must be an object")
-        asked = within.get("include_usage")
-        self.expect(isinstance(asked, bool | None), "stream_options.include_usage", "must be a boolean")
-        for name in (*api.choices, *api.bounds):
-            value, most = body.get(name), CHOICES_MAX if name in api.choices else TOKENS_MAX
-            right = value is None or (type(value) is int and 1 <= value <= most)
-            self.expect(right, name, f"must be an integer from 1 to {most}")
-        expected = api.expects(body.get(api.prompt[0]))
-        self.expect(not expected, api.prompt[0], f"must be {expected}")
-        tools = [body]
-        for tool in tools:  # which may be a namespace of others
-            inner = tool.get("tools")
-            tools += [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
-            if tool.get("type") in ("mcp", "file_search", "code_interpreter"):
-                self.expect(False, "tools", f"{quoted(tool['type'])} {OF_OTHERS}")
 
     def estimate(self) -> None:
         for name in self.api.prompt:
