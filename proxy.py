@@ -163,11 +163,6 @@ def openai_error(refusal: Refusal, request_id: str) -> dict[str, Any]:
     return {"error": {**error, "status": refusal.status, **refusal.detail}, **refusal.top}
 
 
-def responses_event(refusal: Refusal, request_id: str) -> dict[str, Any]:
-    """In a stream: openai-python raises only on an inner error object."""
-    return {"type": "error", **openai_error(refusal, request_id)}
-
-
 MESSAGES_TYPES = {
     401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
@@ -624,98 +619,107 @@ def cost(tokens: int, multiplier: int) -> int:
 
 # ---- APIs: what is read of a request --------------------------------------------------------------------------------
 
+MAXIMA = ("max_tokens", "max_completion_tokens")
+OTHER_MAXIMA = ("n_predict", "num_predict", "max_new_tokens", "n_cmpl")  # llama.cpp and others obey these first
+USE_MAXIMUM = "is not accepted; use the maximum of this API"
+OF_OTHERS = "is not accepted: it would reach what belongs to others, or be unpriced"
+STATELESS = "is not accepted: nothing is stored here. Send the whole conversation"
+REFUSED = {
+    **dict.fromkeys(OTHER_MAXIMA, USE_MAXIMUM),
+    **dict.fromkeys(("mcp_servers", "file_id", "vector_store_ids", "container"), OF_OTHERS),
+    **dict.fromkeys(("service_tier", "speed"), "is not accepted: it has another price"),
+}
+PASSES: Mapping[str, Callable[[Any], bool]] = {  # which values of refused members pass; of the others, null
+    **dict.fromkeys(OTHER_MAXIMA, lambda value: False),
+    "container": lambda value: value is None or (isinstance(value, dict) and not value.get("id")),
+    "service_tier": lambda value: value in (None, "auto", "default", "standard_only"),
+    "background": lambda value: value is None or value is False,
+}
+MEDIA = ("data", "image_url", "file_data", "video_url", "input_audio", "audio_url")
+DESCRIBES = ("arguments", "input", "parameters", "input_schema", "schema", "text")  # within a prompt: counts its JSON
+
+
+def fold(name: str) -> str:
+    """How loosely servers match names: Go folds case (ſ is s there), some take `maxTokens` for `max_tokens`."""
+    return name.casefold().replace("_", "").replace("-", "")
+
+
+def by_any_name(names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Names, and why each is refused, or "", to be found by what servers may take for them too."""
+    return {key: (name, why) for name, why in names.items() for key in (name, fold(name))}
+
+
+NAMES_WITHIN = by_any_name({
+    **dict.fromkeys(("type", "role", "content", "url", "source", "file", "file_url", *MEDIA, *DESCRIBES), ""),
+    **dict.fromkeys(("file_id", "vector_store_ids"), OF_OTHERS),
+})  # fmt: skip
+
 
 class Api(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """What an API is. A column for each thing in which they differ, so that no other place asks which one it is."""
 
     path: str
     prompt: tuple[str, ...]  # the members that carry the prompt; the first must be there,
-    valid: Callable[[Any], bool]  # and be this,
-    expects: str  # in words
-    bounds: tuple[str, ...] = ()  # the members that name the maximum of an answer
+    expects: Callable[[Any], str]  # and this says what it should be, "" if it is
+    bounds: tuple[str, ...] = ()  # the members that name the maximum of an answer; none: there is no answer to bound
     choices: tuple[str, ...] = ()  # the members that ask for several answers to a prompt
-    refused: Mapping[str, str]  # members that would be unpriced, or cross from one customer to another, and why
+    refused: Mapping[str, str] = {}  # beside REFUSED: would be unpriced, or cross from one customer to another
     forced: Mapping[str, Any] = {}  # members that are always forwarded so
     part_of: str = ""  # the API that an upstream's `serves` names, where it is not this one
     kind: str | None = None  # of the models that take it, where it is not text
     priced: bool = True
-    answers: bool = True  # whether there is an answer to hold credits for
-    streams: bool = True
     template_tokens: int = 0
     empty_choice: bytes = b""  # makes a closing usage event safe for `chunk.choices[0]`; with it, usage is asked for
     whole: tuple[str, ...]  # a whole answer has one of these, or it is none
     text: Callable[[Chunk], int] = lambda chunk: 0  # the bytes of text that an event, or a whole answer, bears
     usage_prompt: tuple[tuple[str, ...], ...] = (("prompt_tokens",),)  # the first group that is there is added up
     usage_output: str = "completion_tokens"
-    ends: tuple[str, ...] = ("[DONE]",)  # the type, or data, of the event that ends a stream
-    must_end: bool = False  # a stream without that event is broken, though a finish reason or usage has passed
+    ends: tuple[str, ...] = ("[DONE]",)  # a stream without is broken, but for [DONE] after a finish reason or usage
     passes_query: bool = False
     id_headers: tuple[str, ...] = ("x-request-id",)
     error: Callable[[Refusal, str], dict[str, Any]] = openai_error
-    error_event: Callable[[Refusal, str], dict[str, Any]] = openai_error
-    error_prefix: bytes = b""
     is_error: Callable[[Any], bool] = lambda body: isinstance(body["error"]["message"], str)  # its clients' shape
 
     @cached_property
-    def twins(self) -> dict[str, str]:
-        """What a name means to a server that matches loosely, by its folded form."""
-        return {fold(name): name for name in (*MEMBERS, *self.prompt, *self.bounds, *self.refused, *self.forced)}
+    def names(self) -> dict[str, tuple[str, str]]:
+        """Of members that are read or refused, as NAMES_WITHIN is of those within a prompt."""
+        everywhere = ("model", "stream", "stream_options", "stream_options.include_usage", "n", "best_of", *MAXIMA)
+        read = dict.fromkeys((*everywhere, "messages", "prompt", "input", *self.prompt, *self.bounds, *self.forced), "")
+        return by_any_name({**read, **REFUSED, **self.refused})
+
+    def error_event(self, refusal: Refusal, request_id: str) -> bytes:
+        """Ends a stream. Where events bear their type, openai-python raises only on an inner error object."""
+        line, error = b"", self.error(refusal, request_id)
+        if "[DONE]" not in self.ends:
+            line, error = b"event: error\n", {"type": "error", **error}
+        return line + b"data: " + encode_json(error) + b"\n\n"
 
 
-MAXIMA = ("max_tokens", "max_completion_tokens")
-OTHER_MAXIMA = ("n_predict", "num_predict", "max_new_tokens", "n_cmpl")  # llama.cpp and others obey these first
-USE_MAXIMUM = "is not accepted; use the maximum of this API"
-OF_OTHERS = "is not accepted: it would reach what belongs to others, or be unpriced"
-REFUSED = {
-    **dict.fromkeys(OTHER_MAXIMA, USE_MAXIMUM),
-    **dict.fromkeys(("mcp_servers", "file_id", "vector_store_ids", "container"), OF_OTHERS),
-    **dict.fromkeys(("service_tier", "speed"), "is not accepted: it has another price"),
-}
-PASS_VALUES: Mapping[str, Callable[[Any], bool]] = {  # of refused members
-    "container": lambda value: isinstance(value, dict) and not value.get("id"),
-    "service_tier": lambda value: value in ("auto", "default", "standard_only"),
-    "background": lambda value: value is False,
-}
-REFUSED_TOOLS = ("mcp", "file_search", "code_interpreter")
-STATELESS = "is not accepted: nothing is stored here. Send the whole conversation"
+def types_in(value: Any) -> set[type]:
+    """The types of a list's elements, gathered at the speed of C; none, where it is no list."""
+    return set(map(type, value)) if isinstance(value, list) else set()
 
 
-MESSAGES_EXPECTED = "a list of messages, each with a role and a content"
-PROMPT_EXPECTED = "text, a list of texts, token ids, or a list of lists of token ids"
+def expect_messages(messages: Any) -> str:
+    contents = [message.get("content") for message in messages] if types_in(messages) == {dict} else [0]
+    right = all(c is None or isinstance(c, str) or (isinstance(c, list) and types_in(c) <= {dict}) for c in contents)
+    return "" if right else "a list of messages, each with a role and a content"
 
 
-def valid_messages(messages: Any) -> bool:
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        return False
-    contents = [message.get("content") for message in messages]
-    parts = itertools.chain.from_iterable(content for content in contents if isinstance(content, list))
-    return all(c is None or isinstance(c, (str, list)) for c in contents) and all(isinstance(p, dict) for p in parts)
-
-
-def valid_items(items: Any) -> bool:
-    """Of responses. An item without a type and a role is a reference to what was said in somebody's conversation."""
-    if isinstance(items, str):
-        return True
-    return (
-        isinstance(items, list)
-        and bool(items)
-        and all(
-            isinstance(item, dict) and (item.get("type") or item.get("role")) and item.get("type") != "item_reference"
-            for item in items
-        )
+def expect_items(items: Any) -> str:
+    """An item without a type and a role is a reference to what was said in somebody's conversation."""
+    right = isinstance(items, str) or (
+        types_in(items) == {dict}
+        and all((item.get("type") or item.get("role") or "item_reference") != "item_reference" for item in items)
     )
+    return "" if right else "text, or a list of items, each with a type or a role, and none of them a reference"
 
 
-def valid_prompt(prompt: Any) -> bool:
-    """Judged by the types alone, at the speed of C."""
-    if isinstance(prompt, str):
-        return True
-    if not isinstance(prompt, list) or not prompt:
-        return False
-    kinds = set(map(type, prompt))
-    if kinds == {list}:
-        return all(prompt) and set(map(type, itertools.chain.from_iterable(prompt))) == {int}
-    return kinds in ({str}, {int})
+def expect_prompt(prompt: Any) -> str:
+    right = isinstance(prompt, str) or types_in(prompt) in ({str}, {int})
+    if types_in(prompt) == {list} and all(prompt):
+        right = set(map(type, itertools.chain.from_iterable(prompt))) == {int}
+    return "" if right else "text, a list of texts, token ids, or a list of lists of token ids"
 
 
 def choices_text(chunk: Chunk) -> int:
@@ -728,48 +732,35 @@ def choices_text(chunk: Chunk) -> int:
             continue
         if choice.finish_reason:
             chunk.status = choice.finish_reason
-        if choice.text:
-            total += size(choice.text)
-        for part in (choice.delta,) if choice.message is None else (choice.delta, choice.message):
-            if type(part) is Delta:
-                total += size(part.content) if part.content else 0
-                if part.reasoning_content or part.reasoning or part.refusal or part.tool_calls or part.function_call:
-                    total += beside_content(part)
-            elif part:
-                total += size(part)
+        for part in (choice.delta, choice.text, choice.message):
+            if type(part) is not Choice:
+                total += size(part) if part else 0
+                continue
+            if part.content:
+                total += size(part.content)
+            if part.reasoning_content or part.reasoning or part.refusal or part.tool_calls or part.function_call:
+                total += size(part.reasoning_content) + size(part.refusal)
+                if part.reasoning != part.reasoning_content:  # a server that is renaming it sends the same text twice
+                    total += size(part.reasoning)
+                for calls in (part.tool_calls, part.function_call):
+                    for call in calls if type(calls) is list else (calls,):
+                        function = call.get("function", call) if type(call) is dict else call
+                        total += size(function.get("arguments") if type(function) is dict else function)
     return total
 
 
-def beside_content(part: Delta) -> int:
-    """A server that is renaming `reasoning_content` sends the same text twice."""
-    reasoning = part.reasoning if part.reasoning != part.reasoning_content else None
-    total = size(part.reasoning_content) + size(reasoning) + size(part.refusal)
-    for calls in (part.tool_calls, part.function_call):
-        for call in calls if type(calls) is list else (calls,):
-            function = call.get("function", call) if type(call) is dict else call
-            total += size(function.get("arguments") if type(function) is dict else function)
-    return total
-
-
-def responses_text(chunk: Chunk) -> int:
-    """`.done` events and the closing one repeat the text: only deltas count."""
-    is_delta = type(chunk.type) is str and chunk.type.endswith(".delta")
-    return (size(chunk.delta) if is_delta and type(chunk.delta) is str else 0) + blocks_text(chunk.output)
-
-
-def messages_text(chunk: Chunk) -> int:
-    return blocks_text(chunk.delta if chunk.type == "content_block_delta" else None) + blocks_text(chunk.content)
-
-
-def blocks_text(value: Any) -> int:
-    """The text of an answer's blocks, however they are nested."""
-    total, stack = 0, [value]
+def blocks_text(chunk: Chunk) -> int:
+    """Of responses and messages: of a stream's events only the deltas, whose text others repeat; of a whole answer all
+    its blocks, however they are nested."""
+    total, stack = 0, [chunk.output, chunk.content]
+    if chunk.type == "content_block_delta":
+        stack.append(chunk.delta)
+    elif type(chunk.delta) is type(chunk.type) is str and chunk.type.endswith(".delta"):
+        total += size(chunk.delta)
     while stack:
         inner = stack.pop()
         if type(inner) is list:
             stack += inner
-        elif type(inner) is Delta:
-            total += sum(size(text) for text in (inner.text, inner.thinking, inner.partial_json))
         elif type(inner) is dict:
             for name, text in inner.items():
                 if name in ("text", "thinking", "refusal", "arguments", "input", "partial_json"):
@@ -779,340 +770,184 @@ def blocks_text(value: Any) -> int:
     return total
 
 
+# fmt: off
 CHAT = Api(
-    path="chat/completions",
-    prompt=("messages", "tools", "functions", "response_format"),
-    valid=valid_messages,
-    expects=MESSAGES_EXPECTED,
-    bounds=MAXIMA,
-    choices=("n", "best_of"),
-    refused=REFUSED,
-    template_tokens=TEMPLATE_TOKENS,
+    path="chat/completions", prompt=("messages", "tools", "functions", "response_format"), expects=expect_messages,
+    bounds=MAXIMA, choices=("n", "best_of"), template_tokens=TEMPLATE_TOKENS, whole=("choices",), text=choices_text,
     empty_choice=b'{"index":0,"delta":{},"finish_reason":null}',
-    whole=("choices",),
-    text=choices_text,
 )
 RESPONSES = Api(
-    path="responses",
-    prompt=("input", "instructions", "tools", "text"),
-    valid=valid_items,
-    expects="text, or a list of items, each with a type or a role, and none of them a reference",
-    bounds=("max_output_tokens",),
+    path="responses", prompt=("input", "instructions", "tools", "text"), expects=expect_items,
+    bounds=("max_output_tokens",), template_tokens=TEMPLATE_TOKENS, whole=("output",), text=blocks_text,
     refused={
-        **REFUSED,
         **dict.fromkeys(("previous_response_id", "conversation", "prompt", "background"), STATELESS),
-        **dict.fromkeys(("n", *MAXIMA), USE_MAXIMUM),
-        "request_id": OF_OTHERS,
+        **dict.fromkeys(("n", *MAXIMA), USE_MAXIMUM), "request_id": OF_OTHERS,
     },
-    forced={"store": False},
-    template_tokens=TEMPLATE_TOKENS,
-    whole=("output",),
-    text=responses_text,
-    usage_prompt=(("input_tokens",),),
-    usage_output="output_tokens",
+    forced={"store": False}, usage_prompt=(("input_tokens",),), usage_output="output_tokens",
     ends=("response.completed", "response.incomplete", "response.failed"),
-    must_end=True,
-    error_event=responses_event,
-    error_prefix=b"event: error\n",
 )
 MESSAGES = Api(
-    path="messages",
-    prompt=("messages", "system", "tools"),
-    valid=valid_messages,
-    expects=MESSAGES_EXPECTED,
-    bounds=("max_tokens",),
-    refused=REFUSED,
-    template_tokens=TEMPLATE_TOKENS,
-    whole=("content",),
-    text=messages_text,
+    path="messages", prompt=("messages", "system", "tools"), expects=expect_messages, bounds=("max_tokens",),
+    template_tokens=TEMPLATE_TOKENS, whole=("content",), text=blocks_text, usage_output="output_tokens",
     usage_prompt=(("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),),
-    usage_output="output_tokens",
-    ends=("message_stop",),
-    must_end=True,
-    passes_query=True,
-    id_headers=("x-request-id", "request-id"),
-    error=messages_error,
-    error_event=messages_error,
-    error_prefix=b"event: error\n",
+    ends=("message_stop",), passes_query=True, id_headers=("x-request-id", "request-id"), error=messages_error,
     is_error=lambda body: body["type"] == "error" and isinstance(body["error"]["message"], str),
 )
-FREE = {"priced": False, "answers": False, "streams": False, "bounds": (), "whole": ("input_tokens",)}
-APIS = {
-    api.path: api
-    for api in (
-        CHAT,
-        Api(
-            path="completions",
-            prompt=("prompt", "suffix"),
-            valid=valid_prompt,
-            expects=PROMPT_EXPECTED,
-            bounds=MAXIMA,
-            choices=("n", "best_of"),
-            refused=REFUSED,
-            empty_choice=b'{"index":0,"text":"","logprobs":null,"finish_reason":null}',
-            whole=("choices",),
-            text=choices_text,
-        ),
-        Api(
-            path="embeddings",
-            prompt=("input",),
-            valid=valid_prompt,
-            expects=PROMPT_EXPECTED,
-            refused=REFUSED,
-            kind="embedding",
-            answers=False,
-            streams=False,
-            whole=("data",),
-        ),
-        Api(
-            path="rerank",
-            prompt=("documents", "query"),
-            valid=lambda documents: isinstance(documents, list) and bool(documents),
-            expects="a list of documents",
-            refused=REFUSED,
-            kind="rerank",
-            answers=False,
-            streams=False,
-            whole=("results", "data"),
-            usage_prompt=(("prompt_tokens",), ("total_tokens",)),
-        ),
-        RESPONSES,
-        msgspec.structs.replace(RESPONSES, path="responses/input_tokens", part_of="responses", forced={}, **FREE),
-        MESSAGES,
-        msgspec.structs.replace(MESSAGES, path="messages/count_tokens", part_of="messages", **FREE),
-    )
-}  # fmt: skip
+FREE = {"priced": False, "bounds": (), "whole": ("input_tokens",)}
+APIS = {api.path: api for api in (
+    CHAT,
+    msgspec.structs.replace(
+        CHAT, path="completions", prompt=("prompt", "suffix"), expects=expect_prompt, template_tokens=0,
+        empty_choice=b'{"index":0,"text":"","logprobs":null,"finish_reason":null}',
+    ),
+    Api(path="embeddings", prompt=("input",), expects=expect_prompt, kind="embedding", whole=("data",)),
+    Api(
+        path="rerank", prompt=("documents", "query"), kind="rerank", whole=("results", "data"),
+        expects=lambda documents: "" if types_in(documents) else "a list of documents",
+        usage_prompt=(("prompt_tokens",), ("total_tokens",)),
+    ),
+    RESPONSES,
+    msgspec.structs.replace(RESPONSES, path="responses/input_tokens", part_of="responses", forced={}, **FREE),
+    MESSAGES,
+    msgspec.structs.replace(MESSAGES, path="messages/count_tokens", part_of="messages", **FREE),
+)}
+# fmt: on
 
 
-def fold(name: str) -> str:
-    """How loosely servers match names: Go folds case (ſ is s there), some take `maxTokens` for `max_tokens`."""
-    return name.casefold().replace("_", "").replace("-", "")
+class Ask:
+    """A request, checked and estimated. Members that are not read here pass untouched.
 
+    `max_tokens` is of one answer, `choices` the number of all: n (or best_of) times the prompts, 0 where none is
+    generated. `prompt_estimate` is E before the model's context window is known, from one walker for every API: text
+    under any name counts its UTF-8 bytes / 4, a token array its length, an object in `messages` or `input` 4 more, an
+    image or piece of audio 1,024, what describes (tools, schemas, arguments) its JSON."""
 
-MEMBERS = ("model", "stream", "stream_options", "n", "best_of", *MAXIMA, "messages", "prompt", "input")
-MEDIA = ("data", "image_url", "file_data", "video_url", "input_audio", "audio_url")
-DESCRIBED = ("tools", "functions", "response_format", "text")  # members that count their JSON
-DESCRIBED_WITHIN = ("arguments", "input", "parameters", "input_schema", "schema", "text")
-READ_WITHIN = ("type", "role", "content", "url", "source", "file", "file_url", "file_id", "vector_store_ids", *MEDIA,
-               *DESCRIBED_WITHIN)  # fmt: skip
-TWINS_WITHIN = {fold(name): name for name in READ_WITHIN}
-
-
-class Ask(NamedTuple):
-    """A request, parsed and checked.
-
-    `choices` is the number of answers in all: n (or best_of) times the prompts; 0 where none is generated.
-    `max_tokens` is of one answer. `prompt_estimate` is E before the model's context window is known.
-    """
-
-    api: Api
-    body: dict[str, Any]
-    model: str
-    stream: bool
-    wants_usage: bool
-    choices: int
-    prompts: int
-    max_tokens: int | None
-    prompt_estimate: int
-    documents_by_url: int
-
-
-class Errors(dict[str, list[str]]):
-    """What is wrong with a request: field and why; the first ten."""
-
-    def say(self, name: str, why: str) -> None:
-        if len(self) < ERRORS_MAX:
-            self.setdefault(name if len(name) <= QUOTED_MAX else f"{name[:QUOTED_MAX]}…", []).append(why)
-
-    def expect(self, right: bool, name: str, what: str) -> None:
-        if not right:
-            self.say(name, f"must be {what}")
-
-
-def parse_request(api: Api, raw: bytes | bytearray) -> Ask:
-    """The body as JSON, decoded once (a duplicate member's last value stands) and checked.
-
-    msgspec refuses NaN and lone surrogates. Members that the proxy does not read pass untouched.
-    """
-    try:
-        body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Refusal("invalid_json", f"The request body is not valid JSON: {error}") from None
-    except RecursionError:
-        raise Refusal("invalid_json", "The request body is nested too deeply.") from None
-    if not isinstance(body, dict):
-        raise Refusal("invalid_json", "The request body must be a JSON object.")
-    errors = Errors()
-    check_names(api, body, errors)
-    check_values(api, body, errors)
-    prompts = count_prompts(api, body)
-    estimate = Estimate(errors)
-    estimate.add_prompt(api, body, prompts)
-    if errors:
-        name, why = next(iter(errors.items()))
-        raise Refusal("validation_failed", f"{name}: {why[0]}", param=name, top={"errors": errors})
-    named = [body[name] for name in api.bounds if body.get(name) is not None]
-    return Ask(
-        api=api,
-        body=body,
-        model=body["model"],
-        stream=bool(body.get("stream")) and api.streams,
-        wants_usage=bool((body.get("stream_options") or {}).get("include_usage")),
-        choices=max((body.get(name) or 1 for name in api.choices), default=1) * prompts if api.answers else 0,
-        prompts=prompts,
-        max_tokens=min(named) if named else None,
-        prompt_estimate=estimate.tokens if api.priced else 0,
-        documents_by_url=estimate.documents_by_url if api.priced else 0,
-    )
-
-
-def check_names(api: Api, body: dict[str, Any], errors: Errors) -> None:
-    """A member that an upstream could take for one that we read would be unpriced: refused, not dropped."""
-    for name, value in body.items():
-        meant = api.twins.get(fold(name), name)
-        if meant in api.refused:
-            passes = value is None or PASS_VALUES.get(meant, lambda value: False)(value)
-            if not passes or meant in OTHER_MAXIMA:
-                errors.say(name, api.refused[meant])
-        elif meant != name:
-            errors.say(name, f"is too like {meant}, which some servers would take it for; use that name")
-    options = body.get("stream_options")
-    for name in options if isinstance(options, dict) else ():
-        if name != "include_usage" and fold(name) == "includeusage":
-            errors.say(f"stream_options.{name}", "is too like include_usage; use that name")
-
-
-def check_values(api: Api, body: dict[str, Any], errors: Errors) -> None:
-    def is_integer(name: str, most: int) -> bool:
-        value = body.get(name)
-        return value is None or (type(value) is int and 1 <= value <= most)
-
-    model = body.get("model")
-    is_name = isinstance(model, str) and 0 < len(model) <= MODEL_NAME_MAX
-    errors.expect(is_name, "model", f"the id of a model, of at most {MODEL_NAME_MAX} characters")
-    errors.expect(body.get("stream") is None or isinstance(body["stream"], bool), "stream", "a boolean")
-    options = body.get("stream_options")
-    errors.expect(options is None or isinstance(options, dict), "stream_options", "an object")
-    if isinstance(options, dict):
-        asked = options.get("include_usage")
-        errors.expect(asked is None or isinstance(asked, bool), "stream_options.include_usage", "a boolean")
-    for name in api.choices:
-        errors.expect(is_integer(name, CHOICES_MAX), name, f"an integer from 1 to {CHOICES_MAX}")
-    for name in api.bounds:
-        errors.expect(is_integer(name, TOKENS_MAX), name, f"an integer from 1 to {TOKENS_MAX}")
-    errors.expect(api.valid(body.get(api.prompt[0])), api.prompt[0], api.expects)
-    tools = [body]
-    for tool in tools:  # which may be a namespace of others
-        inner = tool.get("tools")
-        tools += [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
-        if tool.get("type") in REFUSED_TOOLS:
-            errors.say("tools", f"{quoted(tool['type'])} {OF_OTHERS}")
-
-
-def count_prompts(api: Api, body: dict[str, Any]) -> int:
-    main = body.get(api.prompt[0])
-    several = isinstance(main, list) and main and isinstance(main[0], (str, list))
-    return len(main) if several and main else 1
-
-
-class Estimate:
-    """E, the estimate of a prompt's tokens: one walker for every API, and for text under any name.
-
-    Text counts its UTF-8 bytes / 4, a token array its length, an object in `messages` or `input` 4 more, an image or
-    piece of audio 1,024, what describes (tools, schemas, arguments) its JSON. In quarters of a token, so that only the
-    sum is rounded. Names within a prompt that a server could take for those read here are errors.
-    """
-
-    def __init__(self, errors: Errors) -> None:
-        self.errors = errors
-        self.quarters = 0
+    def __init__(self, api: Api, body: dict[str, Any]) -> None:
+        self.api, self.body = api, body
+        self.errors: dict[str, list[str]] = {}
+        self.quarters = 0  # of a token, so that only the sum is rounded
         self.documents_by_url = 0
+        model, options, main = body.get("model"), body.get("stream_options"), body.get(api.prompt[0])
+        within = options if isinstance(options, dict) else {}
+        for name, value in (*body.items(), *((f"stream_options.{name}", None) for name in within)):
+            self.check_name(name, api.names, value)
+        right = isinstance(model, str) and 0 < len(model) <= MODEL_NAME_MAX
+        self.expect(right, "model", f"must be the id of a model, of at most {MODEL_NAME_MAX} characters")
+        self.expect(isinstance(body.get("stream"), bool | None), "stream", "must be a boolean")
+        self.expect(isinstance(options, dict | None), "stream_options", "must be an object")
+        asked = within.get("include_usage")
+        self.expect(isinstance(asked, bool | None), "stream_options.include_usage", "must be a boolean")
+        for name in (*api.choices, *api.bounds):
+            value, most = body.get(name), CHOICES_MAX if name in api.choices else TOKENS_MAX
+            right = value is None or (type(value) is int and 1 <= value <= most)
+            self.expect(right, name, f"must be an integer from 1 to {most}")
+        expected = api.expects(main)
+        self.expect(not expected, api.prompt[0], f"must be {expected}")
+        tools = [body]
+        for tool in tools:  # which may be a namespace of others
+            inner = tool.get("tools")
+            tools += [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
+            if tool.get("type") in ("mcp", "file_search", "code_interpreter"):
+                self.expect(False, "tools", f"{quoted(tool['type'])} {OF_OTHERS}")
+        self.prompts = len(body[api.prompt[0]]) if types_in(main) & {str, list} else 1
+        self.estimate()
+        if self.errors:
+            name, why = next(iter(self.errors.items()))
+            raise Refusal("validation_failed", f"{name}: {why[0]}", param=name, top={"errors": self.errors})
 
-    @property
-    def tokens(self) -> int:
-        return -(-self.quarters // 4)
+        self.model: str = body["model"]
+        self.stream = bool(body.get("stream") and api.bounds)
+        self.wants_usage = bool(asked)
+        self.choices = max((body.get(n) or 1 for n in api.choices), default=1) * self.prompts if api.bounds else 0
+        self.max_tokens: int | None = min((body[name] for name in api.bounds if body.get(name)), default=None)
+        self.prompt_estimate = -(-self.quarters // 4) if api.priced else 0
+        self.documents_by_url *= api.priced
 
-    def add_prompt(self, api: Api, body: dict[str, Any], prompts: int) -> None:
-        for name in api.prompt:
-            value = body.get(name)
+    def expect(self, right: bool, name: str, why: str) -> None:
+        """Note what is wrong with a field: the first ten."""
+        if not right and len(self.errors) < ERRORS_MAX:
+            self.errors.setdefault(name if len(name) <= QUOTED_MAX else f"{name[:QUOTED_MAX]}…", []).append(why)
+
+    def check_name(self, name: str, names: dict[str, tuple[str, str]], value: Any = True) -> None:
+        """A member that an upstream could take for one that we read would be unpriced: refused, not dropped."""
+        meant, why = names.get(name) or names.get(fold(name)) or (name, "")
+        if why:
+            self.expect(PASSES[meant](value) if meant in PASSES else value is None, name, why)
+        elif meant != name:
+            self.expect(False, name, f"is too like {meant}, which some servers would take it for; use that name")
+
+    def estimate(self) -> None:
+        for name in self.api.prompt:
+            stack: list[Any] = [self.body.get(name)]
             before = self.quarters
-            if name in ("messages", "input") and isinstance(value, list):
-                self.quarters += 16 * sum(isinstance(item, dict) for item in value)
-            if name in DESCRIBED:
-                self.quarters += size(value)
-            else:
-                self.walk(value)
-            if name == "suffix":  # which follows each prompt
-                self.quarters += (self.quarters - before) * (prompts - 1)
-
-    def walk(self, value: Any) -> None:
-        stack = [value]
-        while stack:
-            value = stack.pop()
-            if isinstance(value, str):
-                self.quarters += size(value)
-            elif isinstance(value, dict):
-                self.add_object(value, stack)
-            elif isinstance(value, list):
-                kinds = set(map(type, value))
-                if kinds <= {int}:
+            if name in ("tools", "functions", "response_format", "text"):  # what describes
+                self.quarters += size(stack.pop())
+            elif name in ("messages", "input") and isinstance(stack[0], list):
+                self.quarters += 16 * sum(isinstance(item, dict) for item in stack[0])
+            while stack:
+                value = stack.pop()
+                if isinstance(value, str):
+                    self.quarters += size(value)
+                elif isinstance(value, dict):
+                    self.estimate_object(value, stack)
+                elif (kinds := types_in(value)) == {int}:
                     self.quarters += 4 * len(value)
-                elif kinds <= {str}:
+                elif kinds == {str}:
                     self.quarters += sum(map(size, value))
-                else:
+                elif kinds:
                     stack += value
+            if name == "suffix":  # which follows each prompt
+                self.quarters += (self.quarters - before) * (self.prompts - 1)
 
-    def add_object(self, value: dict[str, Any], stack: list[Any]) -> None:
+    def estimate_object(self, value: dict[str, Any], stack: list[Any]) -> None:
+        """An image or piece of audio, a document, or what else has members: those to be read are left on the stack."""
         kind = value.get("type")
-        skipped: tuple[str, ...] = ()
+        done: tuple[str, ...] = ()
         if kind in ("document", "file", "input_file"):
-            self.add_document(value, stack)
-            skipped = ("source", "file", "data", "file_data", "file_url")
+            done = ("source", "file", "data", "file_data", "file_url")
+            source = next((value[name] for name in ("source", "file") if isinstance(value.get(name), dict)), value)
+            data = source.get("data") or source.get("file_data")
+            if source.get("type") in ("text", "content"):
+                stack.append(data or source.get("content"))
+            elif isinstance(data, str) and not data.startswith("http"):
+                self.quarters += 4 * max(MEDIA_TOKENS, -(-len(data) // 16))  # of its base64 bytes
+            else:
+                self.documents_by_url += 1  # each counts what the model can read at the most
         elif isinstance(kind, str) and ("image" in kind or "audio" in kind or "video" in kind):
             self.quarters += 4 * MEDIA_TOKENS
-            skipped = (*MEDIA, "source", "detail", "result")
+            done = (*MEDIA, "source", "detail", "result")
         for name, inner in value.items():
-            self.check_name(name)
-            if name in skipped and isinstance(inner, dict):
-                list(map(self.check_name, inner))
-            if name in skipped or (name in ("type", "role") and isinstance(inner, str) and len(inner) <= QUOTED_MAX):
+            self.check_name(name, NAMES_WITHIN)
+            if name in done:
+                for one in inner if isinstance(inner, dict) else ():
+                    self.check_name(one, NAMES_WITHIN)
+            elif name in ("type", "role") and isinstance(inner, str) and len(inner) <= QUOTED_MAX:
                 continue
-            is_data_url = name == "url" and isinstance(inner, str) and inner.startswith("data:")
-            if is_data_url or (name in MEDIA and inner):
+            elif (name == "url" and isinstance(inner, str) and inner.startswith("data:")) or (name in MEDIA and inner):
                 self.quarters += 4 * MEDIA_TOKENS
-            elif name in DESCRIBED_WITHIN:
+            elif name in DESCRIBES:
                 self.quarters += size(inner)
             else:
                 stack.append(inner)
-
-    def add_document(self, part: dict[str, Any], stack: list[Any]) -> None:
-        """The larger of 1,024 and its base64 bytes / 16; by URL what a model can read at the most."""
-        source = next((part[name] for name in ("source", "file") if isinstance(part.get(name), dict)), part)
-        data = source.get("data") or source.get("file_data")
-        if source.get("type") in ("text", "content"):
-            stack.append(data or source.get("content"))
-        elif isinstance(data, str) and not data.startswith("http"):
-            self.quarters += 4 * max(MEDIA_TOKENS, -(-len(data) // 16))
-        else:
-            self.documents_by_url += 1
-
-    def check_name(self, name: str) -> None:
-        if name in ("file_id", "vector_store_ids"):
-            self.errors.say(name, OF_OTHERS)
-        elif name not in READ_WITHIN and (meant := TWINS_WITHIN.get(fold(name))):
-            self.errors.say(name, f"is too like {meant}, which some servers would take it for; use that name")
 
 
 def size(value: Any) -> int:
     """The UTF-8 length of a text; of what should be one and has another shape, the length of its JSON."""
     if type(value) is str:
-        return len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))
-    if not value or type(value) in (int, float, bool):
-        return 0
+        return len(value) if value.isascii() else len(value.encode())
+    return len(encode_json(value)) if value and type(value) not in (int, float, bool) else 0
+
+
+def parse_request(api: Api, raw: bytes | bytearray) -> Ask:
+    """The body as JSON, decoded once: a duplicate member's last value stands, NaN and lone surrogates are refused."""
     try:
-        return len(encode_json(value))
-    except UnicodeEncodeError:  # a lone surrogate, which the tolerant reader lets through
-        return len(json.dumps(value))
+        body = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        why = "is nested too deeply" if isinstance(error, RecursionError) else f"is not valid JSON: {error}"
+        raise Refusal("invalid_json", f"The request body {why}.") from None
+    if not isinstance(body, dict):
+        raise Refusal("invalid_json", "The request body must be a JSON object.")
+    return Ask(api, body)
 
 
 def forward_body(ask: Ask, model: Model, upstream: Upstream, max_tokens: int | None) -> bytes:
@@ -1137,29 +972,26 @@ class BrokenStream(Exception):
 
 
 EMPTY_LINE = re.compile(rb"\n\n|\n\r\n?|\r\r\n?")
-ERROR_LINE = re.compile(rb"(?:\A|[\r\n])event: ?error[ \t]*[\r\n]")
 DATA_LINE = re.compile(rb"(?:^|[\r\n])data:[^\r\n]")
+Odd = str | list[Any] | float | bool | None  # what stands where an object should
 
 
 class Splitter:
-    """Reads in, whole server-sent events out, joined again they are the bytes that came.
-
-    A line ends with LF, CRLF or CR (WHATWG HTML, 9.2.5), an event with an empty line. An event is passed on as soon
-    as its empty line has begun; should that be the CR of a CRLF, the LF leads the next event, where it means nothing.
-    """
+    """Reads in, whole server-sent events out; joined again they are the bytes that came. A line ends with LF, CRLF or
+    CR (WHATWG HTML, 9.2.5), an event with an empty line. An event is passed on as soon as its empty line has begun;
+    should that be the CR of a CRLF, the LF leads the next event, where it means nothing."""
 
     def __init__(self) -> None:
-        self.tail = bytearray()
+        self.tail = bytearray()  # an event that is not whole yet
 
     def feed(self, read: bytes) -> bytes:
-        """The whole events that a read completes; what is left is kept for the next."""
+        """The whole events that a read completes."""
         if not self.tail and read.endswith(b"\n\n") and b"\r" not in read:
             return read
         scanned = max(0, len(self.tail) - 1)  # the two bytes that end an event may come in two reads
         self.tail += read
-        if self.tail.find(b"\r", scanned) < 0:
-            end = self.tail.rfind(b"\n\n", scanned) + 2
-        else:
+        end = self.tail.rfind(b"\n\n", scanned) + 2
+        if self.tail.find(b"\r", scanned) >= 0:
             end = max((match.end() for match in EMPTY_LINE.finditer(self.tail, scanned)), default=1)
         end = end if end > 1 else 0
         if len(self.tail) - end > EVENT_BYTES_MAX:
@@ -1169,35 +1001,19 @@ class Splitter:
         return whole
 
 
-class Delta(msgspec.Struct, gc=False):
-    """The members of a delta or message that bear content. Some servers send other types than text."""
+class Choice(msgspec.Struct, gc=False):
+    """A choice, and the delta or message in it, which bear its content. Some servers send other types than text."""
 
+    delta: Choice | Odd = None
+    message: Choice | Odd = None
+    finish_reason: Any = None
+    text: Any = None
     content: Any = None
     reasoning_content: Any = None
     reasoning: Any = None
     refusal: Any = None
     tool_calls: Any = None
     function_call: Any = None
-    text: Any = None
-    thinking: Any = None
-    partial_json: Any = None
-    stop_reason: Any = None
-
-
-Odd = str | list[Any] | float | bool | None
-
-
-class Choice(msgspec.Struct, gc=False):
-    delta: Delta | Odd = None
-    message: Delta | Odd = None
-    text: Any = None
-    finish_reason: Any = None
-
-
-class Holder(msgspec.Struct, gc=False):
-    """What usage may stand in: `response` of a closing event, `message` of a starting one."""
-
-    usage: Any = None
 
 
 class Chunk(msgspec.Struct, gc=False):
@@ -1207,9 +1023,9 @@ class Chunk(msgspec.Struct, gc=False):
     usage: Any = None
     error: Any = None
     type: Any = None
-    delta: Delta | Odd = None
-    response: Holder | Odd = None
-    message: Holder | Odd = None
+    delta: Any = None
+    response: Any = None
+    message: Any = None
     status: Any = None
     output: Any = None
     content: Any = None
@@ -1219,6 +1035,39 @@ class Chunk(msgspec.Struct, gc=False):
 
 
 decode_chunk = msgspec.json.Decoder(Chunk).decode
+
+
+def decode_answer(data: bytes) -> Chunk | None:
+    """An answer, or None if it is none. Clients also read NaN, infinities and lone surrogates, which some servers send
+    in log probabilities, and bytes that are no UTF-8."""
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return decode_chunk(data)
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(data.decode("utf-8-sig", "replace"), parse_float=str, parse_constant=str)
+        return decode_chunk(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    return None
+
+
+def read_odd(event: bytes) -> tuple[Chunk, int]:
+    """An event of several lines, an error's, [DONE], a comment, or one whose JSON only clients read; where nobody can
+    read it, it is empty, and has that many bytes."""
+    fields = [line.partition(b":") for line in event.removeprefix(b"\xef\xbb\xbf").splitlines()]
+    data = b"\n".join(value.removeprefix(b" ") for name, _, value in fields if name == b"data").lstrip()
+    done = Chunk(type="[DONE]" if data.startswith(b"[DONE]") else None)
+    answer = decode_answer(data) if data.startswith(b"{") else done
+    chunk = answer or done
+    if any(name == b"event" and value.strip() == b"error" for name, _, value in fields):
+        chunk.error = chunk.error or True
+    return chunk, 0 if answer else len(data)
+
+
+def give_choice(event: bytes, choice: bytes) -> bytes:
+    """The event with `choice` in its empty list of choices, and no other byte changed."""
+    for match in re.finditer(rb'"choices"\s*:\s*\[(\s*)\]', event):
+        given = event[: match.start(1)] + choice + event[match.end(1) :]
+        if read_odd(given)[0].choices:
+            return given
+    return event
 
 
 class Bill(NamedTuple):
@@ -1231,19 +1080,16 @@ class Bill(NamedTuple):
 
 class Meter(msgspec.Struct):
     """Counts what an answer costs, block by block. Knows no sockets, keeps no text, never raises, on any bytes.
-
-    A copy is fed, and takes the place of its original once its block goes on: what is not sent is not charged.
-    """
+    A copy is fed, and takes the place of its original once its block goes on: what is not sent is not charged."""
 
     api: Api
     choices: int = 1
     prompts: int = 1
     wants_usage: bool = False
     usage_of: str = "answer"
-    events: int = 0
-    text_bytes: int = 0
-    usage: dict[str, int] = {}
-    """The last valid value of each member; replaced, never changed."""
+    events: int = 0  # that bear content,
+    text_bytes: int = 0  # and the bytes of its text
+    usage: dict[str, int] = {}  # the last valid value of each member; replaced, never changed
     count_at_usage: int = 0
     finished: bool = False  # a finish reason has passed
     over: bool = False  # the event that ends the stream has come, or
@@ -1264,13 +1110,9 @@ class Meter(msgspec.Struct):
         return max(self.events, self.text_bytes // 8)
 
     @property
-    def output(self) -> int | None:
-        return self.usage.get(self.api.usage_output)
-
-    @property
     def ended(self) -> bool:
         """Whether the upstream may close now without having broken off."""
-        return self.over or (not self.api.must_end and (self.finished or bool(self.usage)))
+        return self.over or ("[DONE]" in self.api.ends and (self.finished or bool(self.usage)))
 
     @property
     def produced(self) -> bool:
@@ -1278,83 +1120,57 @@ class Meter(msgspec.Struct):
 
     def feed(self, block: bytes) -> tuple[bytes, bytes]:
         """Count whole events. What to send on now, and the event that ends the stream, to be sent when it is settled.
-
         One flat loop: with a hundred streams each layer costs three times what it costs when measured alone."""
-        text_of, closing_choice = self.api.text, b"" if self.wants_usage else self.api.empty_choice
-        only_lf, length = b"\r" not in block, len(block)
-        events, text_bytes = self.events, self.text_bytes
-        pieces: list[bytes] = []
-        sent = start = last = end = 0
-        while start < length and not (self.over or self.broken):
-            if only_lf:
-                end = block.find(b"\n\n", start) + 2
-            else:
-                end = found.end() if (found := EMPTY_LINE.search(block, start)) else 1
-            end = end if end > 1 else length
+        text_of, events, text_bytes, only_lf = self.api.text, self.events, self.text_bytes, b"\r" not in block
+        pieces = block.split(b"\n\n") if only_lf else EMPTY_LINE.split(block)
+        pieces.pop()  # the last empty line ends the block
+        for number, event in enumerate(pieces):
+            at = 0
+            if not event.startswith(b"data:"):  # what stands before it may say that it is an error: read_odd looks
+                at = event.find(b"\ndata:") + 1 if only_lf else 0
+                at = at if at and b"error" not in event[:at] else len(event)
+            unread = 0
             try:
-                at = start
-                if not block.startswith(b"data:", start):
-                    at = (block.find(b"\ndata:", start, end) + 1 if only_lf else 0) or end
-                chunk: Chunk | bytes | None = decode_chunk(block[at + 5 : end])
+                chunk = decode_chunk(event[at + 5 :])
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                chunk = self.read_odd(block[start:end])
-            if text := text_of(chunk) if isinstance(chunk, Chunk) else len(chunk or b""):
+                chunk, unread = read_odd(event)
+            if text := text_of(chunk) + unread:
                 events += 1
                 text_bytes += text
-            named_error = start < at < end and ERROR_LINE.search(block, start and start - 1, at) is not None
-            if isinstance(chunk, Chunk) and (
-                chunk.usage is not None or chunk.type or chunk.status or chunk.error or named_error
-            ):
+            if chunk.usage is not None or chunk.type or chunk.status or chunk.error:
                 self.events, self.text_bytes = events, text_bytes
                 self.note(chunk)
-                self.broken = self.broken or (named_error and not self.over)
-                if chunk.usage is not None and chunk.choices == [] and closing_choice:
-                    pieces += (block[sent:start], give_choice(block[start:end], closing_choice))
-                    sent = end
-            last, start = start, end
+                is_closing = chunk.usage is not None and chunk.choices == [] and not self.wants_usage
+                if self.over or self.broken or (is_closing and self.api.empty_choice):
+                    ends = [0, *(found.end() for found in EMPTY_LINE.finditer(block))]
+                    start, end = ends[number : number + 2]
+                    if self.over or self.broken:
+                        return block[:start], block[start:end]
+                    block = block[:start] + give_choice(block[start:end], self.api.empty_choice) + block[end:]
         self.events, self.text_bytes = events, text_bytes
-        if not (self.over or self.broken):
-            return (b"".join((*pieces, block[sent:])) if pieces else block), b""
-        return b"".join((*pieces, block[sent:last])), block[last:end]
+        return block, b""
 
     def note(self, chunk: Chunk) -> None:
-        """What an event says beside its text: usage, wherever it stands, an error, the end."""
-        for holder in (chunk, chunk.response, chunk.message):
-            usage = holder.usage if isinstance(holder, Chunk | Holder) else None
+        """What an event says beside its text: usage, wherever it stands, an error, the end. Of usage, what is not an
+        integer from 0 to 2^31 counts as absent, and what is absent keeps what was there."""
+        parts = (part.get("usage") for part in (chunk.response, chunk.message) if type(part) is dict)
+        for usage in (chunk.usage, *parts):
             if type(usage) is dict:
-                self.note_usage(usage)
+                names = (self.api.usage_output, *itertools.chain.from_iterable(self.api.usage_prompt))
+                valid = {n: v for n in names if type(v := usage.get(n)) is int and 0 <= v <= TOKENS_MAX}
+                self.usage = {**self.usage, **valid}
+                if self.api.usage_output in valid:
+                    self.count_at_usage = self.count
         self.finished = self.finished or bool(chunk.status)
-        if type(chunk.type) is str and chunk.type in self.api.ends:
+        if chunk.type in self.api.ends:
             self.over = True
             self.failed = chunk.type.endswith(".failed")
         elif chunk.error or chunk.type == "error":
             self.broken = True
 
-    def note_usage(self, usage: dict[str, Any]) -> None:
-        """What is not an integer from 0 to 2^31 counts as absent, and what is absent keeps what was there."""
-        names = {name for group in self.api.usage_prompt for name in group} | {self.api.usage_output}
-        valid = {n: v for n in names if type(v := usage.get(n)) is int and 0 <= v <= TOKENS_MAX}
-        self.usage = {**self.usage, **valid}
-        if self.api.usage_output in valid:
-            self.count_at_usage = self.count
-
-    def read_odd(self, event: bytes) -> Chunk | bytes | None:
-        """An event of several lines, or of JSON that only clients read; its data, where nobody can; None where there
-        is nothing to be counted: a comment, [DONE], or what is no JSON object."""
-        lines = event.removeprefix(b"\xef\xbb\xbf").splitlines()
-        data = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")).lstrip()
-        if any(line.partition(b":")[2].strip() == b"error" for line in lines if line.startswith(b"event")):
-            self.broken = True
-        if data.startswith(b"[DONE]"):
-            self.over = "[DONE]" in self.api.ends
-        return (decode_answer(data) or data) if data.startswith(b"{") else None
-
     def feed_whole(self, body: bytes) -> bool:
-        """Count an answer that is not streamed; whether it speaks of an error. BrokenStream if it is none to be paid
-        for."""
-        chunk = decode_answer(body)
-        if chunk is None:
-            raise BrokenStream("its body is no answer")
+        """Count an answer that is not streamed; whether it speaks of an error. BrokenStream: none to be paid for."""
+        chunk = decode_answer(body) or Chunk()
         is_answer = any(getattr(chunk, name) for name in self.api.whole)
         if not is_answer and (chunk.error or type(chunk.usage) is not dict):
             raise BrokenStream("its body is an error" if chunk.error else "its body is no answer")
@@ -1368,43 +1184,18 @@ class Meter(msgspec.Struct):
         """What is owed. Of an answer that was cut short, what came after the last usage is owed too."""
         groups = ([self.usage[n] for n in group if n in self.usage] for group in self.api.usage_prompt)
         prompt = next((sum(group) for group in groups if group), None)
-        output, count = self.output, self.count
+        output, count = self.usage.get(self.api.usage_output), self.count
         if (prompt == 0 and (output or count)) or (self.usage_of == "choice" and self.prompts > 1):
             prompt = None
-        if output is None or 2 * output < self.events:
+        by_choice = self.usage_of == "choice" and self.choices > 1
+        if output is None or 2 * output < self.events or (by_choice and complete):
             owed = count
         elif not complete:
             owed = max(count, output + count - self.count_at_usage)
-        elif self.choices > 1:
-            owed = count if self.usage_of == "choice" else max(output, self.count_certain)
         else:
-            owed = output
-        by_choice = self.usage_of == "choice" and self.choices > 1
+            owed = max(output, self.count_certain) if self.choices > 1 else output
         estimated = self.api.priced and (prompt is None or by_choice or owed != (output or 0))
         return Bill(prompt_estimate if prompt is None else min(prompt, TOKENS_MAX), min(owed, TOKENS_MAX), estimated)
-
-
-def decode_answer(data: bytes) -> Chunk | None:
-    """An answer, or None if it is none.
-
-    Clients also read NaN, infinities and lone surrogates, which some servers send in log probabilities, and bytes that
-    are no UTF-8.
-    """
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return decode_chunk(data)
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(data.decode("utf-8-sig", "replace"), parse_float=str, parse_constant=str)
-        return decode_chunk(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
-    return None
-
-
-def give_choice(event: bytes, choice: bytes) -> bytes:
-    """The event with `choice` in its empty list of choices, and no other byte changed."""
-    for match in re.finditer(rb'"choices"\s*:\s*\[(\s*)\]', event):
-        given = event[: match.start(1)] + choice + event[match.end(1) :]
-        if (chunk := Meter(CHAT).read_odd(given)) and type(chunk) is Chunk and chunk.choices:
-            return given
-    return event
 
 
 # ---- Ledger ---------------------------------------------------------------------------------------------------------
@@ -2880,10 +2671,9 @@ class Proxy:
             await hold.settle()
         if hold.settled is not None and "credits" in refusal.detail:
             refusal.detail["credits"] = as_credits(hold.settled.credits)
-        content = exchange.api.error_event(refusal, request_name(exchange.id))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FRAME_SECONDS):
-                await exchange.send(exchange.api.error_prefix + b"data: " + encode_json(content) + b"\n\n")
+                await exchange.send(exchange.api.error_event(refusal, request_name(exchange.id)))
         exchange.end_uncleanly()
 
     # -- the other endpoints
