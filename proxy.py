@@ -2299,15 +2299,16 @@ class Proxy:
             ask = await asyncio.to_thread(parse_request, api, raw) if aside else parse_request(api, raw)  # 2
             if ask.model not in self.catalog.names:
                 await self.identify(exchange, key_hash)  # before near names are looked for
-            exchange.model = model = self.find_model(ask)  # 3
+            model, upstreams = self.find_model(ask)  # 3, and a reload changes them for nobody who has them
         except Refusal:
             await self.identify(exchange, key_hash)
             raise
+        exchange.model = model
         meter = Meter(api, ask.choices, ask.prompts, ask.wants_usage)  # whose usage_of is the asked upstream's
         async with Hold(self.ledger, self.order(exchange, ask, model, key_hash), meter) as hold:  # 4
             exchange.hold, exchange.caller = hold, hold.caller
             try:
-                with contextlib.closing(await self.open_upstream(exchange, ask)) as answer:  # 5
+                with contextlib.closing(await self.open_upstream(exchange, ask, upstreams, hold)) as answer:  # 5
                     del raw, ask
                     if answer.is_stream:
                         await self.relay_stream(exchange, answer, hold)  # 6, 7
@@ -2320,18 +2321,18 @@ class Proxy:
         assert exchange.client is not None
         return exchange.client
 
-    def find_model(self, ask: Ask) -> Model:
-        """The model, some upstream of which serves the API."""
+    def find_model(self, ask: Ask) -> tuple[Model, list[Upstream]]:
+        """The model, and those of its upstreams that serve the API."""
         model = self.catalog.find(ask.model, time.time())
         if not model.takes(ask.api):
             kind = f'The model "{model.name}" is of the kind {model.kind}, which /v1/{ask.api.path} is not for.'
             raise Refusal("validation_failed", kind, param="model", top={"errors": {"model": [kind]}})
-        upstreams = self.upstreams_of(model)
-        if not any(upstream.can_serve(ask.api) for upstream in upstreams):
-            served = sorted({path for upstream in upstreams for path in upstream.serves or ()})
+        serving = [upstream for upstream in self.upstreams_of(model) if upstream.can_serve(ask.api)]
+        if not serving:
+            served = sorted({path for upstream in self.upstreams_of(model) for path in upstream.serves or ()})
             message = f'The model "{model.name}" does not take /v1/{ask.api.path}. It takes {", ".join(served)}.'
             raise Refusal("not_found", message, param="model")
-        return model
+        return model, serving
 
     def order(self, exchange: Exchange, ask: Ask, model: Model, key_hash: bytes) -> Order:
         prompt = model.prompt_tokens(ask)
@@ -2422,13 +2423,11 @@ class Proxy:
 
     # -- opening an upstream
 
-    async def open_upstream(self, exchange: Exchange, ask: Ask) -> Answer:
+    async def open_upstream(self, exchange: Exchange, ask: Ask, upstreams: list[Upstream], hold: Hold) -> Answer:
         """The first answer that begins, of the model's upstreams in order. An upstream that just failed to connect
         is left out while there is another. The last refusal is the client's."""
-        hold, model, now = exchange.hold, exchange.model, time.monotonic()
-        assert hold is not None and model is not None
-        serving = [upstream for upstream in self.upstreams_of(model) if upstream.can_serve(ask.api)]
-        for upstream in [u for u in serving if self.cooling_until.get(u.name, 0) <= now] or serving:
+        now = time.monotonic()
+        for upstream in [u for u in upstreams if self.cooling_until.get(u.name, 0) <= now] or upstreams:
             name = hold.upstream = upstream.name
             hold.meter.usage_of = upstream.usage_of
             try:
@@ -2436,9 +2435,9 @@ class Proxy:
                     headers = {"x-should-retry": "false"}
                     raise upstream.failure("upstream_unavailable", f"is off: {off}.", headers=headers)
                 with exchange.waiting(upstream.first_byte_seconds):
-                    response = await self.post(exchange, ask, upstream, hold.lowered_to)
+                    response = await self.post(exchange, ask, upstream, hold)
                     self.reached[name] = True
-                    answer = await self.begin_answer(exchange, Answer(exchange, response, upstream))
+                    answer = await self.begin_answer(exchange, Answer(exchange, response, upstream), hold)
                 if answer.is_stream:
                     self.release(exchange)
                 return answer
@@ -2460,12 +2459,9 @@ class Proxy:
             exchange.client = None  # of an answer that did not begin
         raise refusal
 
-    async def post(
-        self, exchange: Exchange, ask: Ask, upstream: Upstream, max_tokens: int | None
-    ) -> aiohttp.ClientResponse:
+    async def post(self, exchange: Exchange, ask: Ask, upstream: Upstream, hold: Hold) -> aiohttp.ClientResponse:
         """Send the request; once more if the connection, which was pooled, turns out to be dead."""
-        assert exchange.model is not None
-        request, body = exchange.request, forward_body(ask, exchange.model, upstream, max_tokens)
+        request, body = exchange.request, forward_body(ask, hold.order.model, upstream, hold.lowered_to)
         url = f"{self.echo_url if upstream.builtin else upstream.url}/{ask.api.path}"
         if ask.api.passes_query and request.query_string:
             url += f"?{request.query_string}"
@@ -2478,7 +2474,7 @@ class Proxy:
             timeout=upstream.timeout,
             allow_redirects=False,
         )
-        asking.set(exchange.hold)
+        asking.set(hold)
         for tries_left in (1, 0):
             try:  # a large body is sent in pieces, as the upstream takes it
                 return await send(data=body if len(body) <= UPLOAD_WHOLE_BYTES else io.BytesIO(body))
@@ -2487,15 +2483,14 @@ class Proxy:
                     raise
         raise AssertionError("the last try returns or raises")
 
-    async def begin_answer(self, exchange: Exchange, answer: Answer) -> Answer:
+    async def begin_answer(self, exchange: Exchange, answer: Answer, hold: Hold) -> Answer:
         """Wait for what shows that an answer is one: its first event that says something, or its whole body."""
-        assert exchange.hold is not None
         try:
             if answer.response.status != 200:
                 raise await self.refused(exchange, answer)
             if not answer.is_stream:
                 answer.body = await answer.read_whole(ANSWER_BYTES_MAX, partial(self.keep, exchange))
-                answer.tally = exchange.hold.meter.copy()
+                answer.tally = hold.meter.copy()
                 if answer.tally.feed_whole(answer.body):
                     answer.body = self.redact(answer.body)
                 return answer
