@@ -2027,7 +2027,7 @@ class Exchange:
     """One request and what became of it, from the first header to its log line."""
 
     def __init__(self, request_id: int, request: web.BaseRequest) -> None:
-        self.id = request_id
+        self.id, self.name = request_id, request_name(request_id)
         self.request = request
         self.task = asyncio.current_task()
         self.started = time.monotonic()
@@ -2218,15 +2218,15 @@ class Proxy:
         except Refusal as error:
             refusal = error
         except Exception:
-            self.log.say(f"{request_name(exchange.id)} failed\n{traceback.format_exc()}")
-            message = f"The proxy failed. Its log has more under {request_name(exchange.id)}."
+            self.log.say(f"{exchange.name} failed\n{traceback.format_exc()}")
+            message = f"The proxy failed. Its log has more under {exchange.name}."
             refusal = Refusal("internal_error", message)
         exchange.outcome = refusal.code
         if exchange.client is not None and exchange.client.prepared:
             exchange.end_uncleanly()
             return exchange.client
         exchange.caller = exchange.caller or refusal.caller
-        body = refusal.body or encode_json(exchange.api.error(refusal, request_name(exchange.id)))
+        body = refusal.body or encode_json(exchange.api.error(refusal, exchange.name))
         return self.show(exchange, body, refusal.status, refusal.headers)
 
     def show(self, exchange: Exchange, value: Any, status: int = 200, more: Mapping[str, str] = {}) -> web.Response:
@@ -2238,7 +2238,7 @@ class Proxy:
 
     def headers(self, exchange: Exchange) -> dict[str, str]:
         """The headers of every answer: what is known of key and model by now."""
-        headers = {"Server": "llm-proxy", **dict.fromkeys(exchange.api.id_headers, request_name(exchange.id))}
+        headers = {"Server": "llm-proxy", **dict.fromkeys(exchange.api.id_headers, exchange.name)}
         if exchange.caller is not None:
             limit = self.config.limits(exchange.caller.tier).requests_per_minute
             if limit is not None:
@@ -2311,9 +2311,13 @@ class Proxy:
                 with contextlib.closing(await self.open_upstream(exchange, ask, upstreams, hold)) as answer:  # 5
                     del raw, ask
                     if answer.is_stream:
-                        await self.relay_stream(exchange, answer, hold)  # 6, 7
+                        last = await self.relay(exchange, answer, hold)  # 6
+                    elif await hold.cover_bill(answer.tally):
+                        hold.meter, last = answer.tally, answer.body
                     else:
-                        await self.relay_whole(exchange, answer, hold)
+                        hold.sent = False  # nobody gets the answer, so nobody pays for it
+                        raise used_up(hold)
+                    await self.finish(exchange, answer, hold, last)  # 7
             except Refusal as refusal:
                 if exchange.client is None or not exchange.client.prepared:
                     raise
@@ -2533,7 +2537,7 @@ class Proxy:
             refusal = upstream.failure("upstream_error", f"answered with status {status}. Try again later.")
         if refusal.moves_on:
             words = " ".join((said or body.decode(errors="replace")).split())[:300]
-            self.log.say(f"{request_name(exchange.id)} upstream {upstream.name} answered with status {status}: {words}")
+            self.log.say(f"{exchange.name} upstream {upstream.name} answered with status {status}: {words}")
         return refusal
 
     def passed_on(self, answer: Answer) -> dict[str, str]:
@@ -2549,26 +2553,9 @@ class Proxy:
 
     # -- relaying
 
-    async def relay_whole(self, exchange: Exchange, answer: Answer, hold: Hold) -> None:
-        """An answer that came whole: covered, settled, then handed over."""
-        if not await hold.cover_bill(answer.tally):
-            hold.sent = False  # nobody gets the answer, so nobody pays for it
-            raise self.used_up(hold)
-        hold.meter = answer.tally
-        hold.outcome = "upstream_error" if answer.tally.failed else "ok"
-        self.note_usage(answer, hold)
-        await hold.settle()
-        assert hold.settled is not None
-        charged, left = str(as_credits(hold.settled.charge)), str(as_credits(hold.settled.credits))
-        more = {**self.passed_on(answer), "x-credits-charged": charged, "x-credits-remaining": left}
-        exchange.client = self.show(exchange, answer.body, more=more)
-        with exchange.waiting():
-            await exchange.send(b"", is_end=True)
-
-    async def relay_stream(self, exchange: Exchange, answer: Answer, hold: Hold) -> None:
-        """Whole events as they come, one write a read, until the closing event, the upstream's end, or a failure.
-
-        A block is counted on a copy of the meter, covered, and sent; then the copy stands for what is owed."""
+    async def relay(self, exchange: Exchange, answer: Answer, hold: Hold) -> bytes:
+        """Whole events as they come, one write a read; the one that ends the stream, to be sent when it is settled. A
+        block is counted on a copy of the meter, covered, and sent; then the copy stands for what is owed."""
         block, content, splitter = answer.first_block, answer.response.content, answer.splitter
         try:
             with exchange.waiting(answer.upstream.idle_seconds):
@@ -2606,7 +2593,7 @@ class Proxy:
             raise answer.upstream.failure("upstream_error", "broke off its answer.") from None
         if not hold.meter.ended and not hold.meter.broken:
             raise answer.upstream.failure("upstream_error", "ended its answer without finishing it.")
-        await self.end_stream(exchange, answer, hold, last)
+        return last
 
     async def send_covered(self, exchange: Exchange, hold: Hold, block: bytes) -> Refusal:
         """Credits are used up within a block: what of it is covered is sent, event by event."""
@@ -2619,37 +2606,33 @@ class Proxy:
             await exchange.send(out)
             hold.meter = tally
             start = match.end()
-        return self.used_up(hold)
+        return used_up(hold)
 
-    def used_up(self, hold: Hold) -> Refusal:
-        message = "The account's credits are used up, so the answer ends here. Add credits."
-        required = as_credits(cost(2 * hold.order.prompt_estimate + hold.order.choices, hold.order.multiplier))
-        return Refusal("insufficient_credits", message, credits=as_credits(hold.caller.credits), required=required)
-
-    async def end_stream(self, exchange: Exchange, answer: Answer, hold: Hold, last: bytes) -> None:
-        """Settle, then send the event that ends the stream: the closing one, an error of the upstream's, or none."""
+    async def finish(self, exchange: Exchange, answer: Answer, hold: Hold, last: bytes) -> None:
+        """Settle, then send what ends the answer: all of it, where it came whole; of a stream the closing event, an
+        error of the upstream's, or nothing. An upstream that sends no usage is named: its charges are estimates."""
         hold.outcome = "upstream_error" if hold.meter.broken or hold.meter.failed else "ok"
-        if last.endswith(b"\r\n\r"):
-            last += b"\n"  # of the empty line's CRLF, which may come in another read: none is awaited after this event
-        self.note_usage(answer, hold)
+        name, now = answer.upstream.name, time.monotonic()
+        if hold.outcome == "ok" and not hold.meter.usage and hold.meter.api.priced:
+            self.count("no_usage", name)
+            if now - self.no_usage_said.get(name, -NO_USAGE_SECONDS) >= NO_USAGE_SECONDS:
+                self.no_usage_said[name] = now
+                self.log.say(f"upstream {name} sends no usage: what it answers is charged by estimates")
         hold.first_byte_ms = exchange.first_byte_ms
         await hold.settle()
+        if not answer.is_stream:
+            assert hold.settled is not None
+            charged, left = str(as_credits(hold.settled.charge)), str(as_credits(hold.settled.credits))
+            more = {**self.passed_on(answer), "x-credits-charged": charged, "x-credits-remaining": left}
+            exchange.client, last = self.show(exchange, last, more=more), b""
+        elif last.endswith(b"\r\n\r"):
+            last += b"\n"  # of the empty line's CRLF, which may come in another read: none is awaited after this event
         with exchange.waiting():
             if not hold.meter.broken:
                 await exchange.send(last, is_end=True)
                 return
             await exchange.send(self.redact(last))
             exchange.end_uncleanly()
-
-    def note_usage(self, answer: Answer, hold: Hold) -> None:
-        """Name an upstream that sends no usage: its charges are estimates."""
-        if hold.outcome != "ok" or hold.meter.usage or not hold.meter.api.priced:
-            return
-        name, now = answer.upstream.name, time.monotonic()
-        self.count("no_usage", name)
-        if now - self.no_usage_said.get(name, -NO_USAGE_SECONDS) >= NO_USAGE_SECONDS:
-            self.no_usage_said[name] = now
-            self.log.say(f"upstream {name} sends no usage: what it answers is charged by estimates")
 
     async def read_usage(self, answer: Answer, meter: Meter) -> None:
         """The client is gone but the answer had finished: its usage is about to come."""
@@ -2668,7 +2651,7 @@ class Proxy:
             refusal.detail["credits"] = as_credits(hold.settled.credits)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FRAME_SECONDS):
-                await exchange.send(exchange.api.error_event(refusal, request_name(exchange.id)))
+                await exchange.send(exchange.api.error_event(refusal, exchange.name))
         exchange.end_uncleanly()
 
     # -- the other endpoints
@@ -2791,17 +2774,20 @@ class Proxy:
         not read is not waited for."""
         self.draining = True
         give_up = time.monotonic() + self.config.drain_seconds
-        while self.exchanges and (left := give_up - time.monotonic()) > 0 and not hurry.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(hurry.wait(), min(WATCH_SECONDS, left))
-        give_up = time.monotonic() + 2 * FRAME_SECONDS
-        while (self.exchanges or self.server.stalls) and time.monotonic() < give_up:
-            for exchange in list(self.exchanges):
+        while (self.exchanges or self.server.stalls) and (now := time.monotonic()) < give_up + 2 * FRAME_SECONDS:
+            give_up = min(give_up, now) if hurry.is_set() else give_up
+            for exchange in list(self.exchanges) if now >= give_up else ():
                 exchange.interrupt(shutting_down())
             await asyncio.sleep(WATCH_SECONDS / 10)
 
 
 LIST_OF_APIS = f"There are POST {', '.join(f'/v1/{path}' for path in APIS)}, GET /v1/models and /v1/models/ID."
+
+
+def used_up(hold: Hold) -> Refusal:
+    message = "The account's credits are used up, so the answer ends here. Add credits."
+    required = as_credits(cost(2 * hold.order.prompt_estimate + hold.order.choices, hold.order.multiplier))
+    return Refusal("insufficient_credits", message, credits=as_credits(hold.caller.credits), required=required)
 
 
 def shutting_down() -> Refusal:
@@ -2848,14 +2834,14 @@ class Log(logging.Handler):
         why = error.strerror if isinstance(error, OSError) else None
         what = str(error) if isinstance(error, BrokenStream) else f"{type(error).__name__}{f': {why}' if why else ''}"
         upstream = exchange.hold.upstream if exchange.hold else None
-        self.say(f"{request_name(exchange.id)} upstream {upstream} broke: {what}")
+        self.say(f"{exchange.name} upstream {upstream} broke: {what}")
 
     def request(self, exchange: Exchange) -> None:
         hold, caller, model = exchange.hold, exchange.caller, exchange.model
         prompt, completion, estimated = (hold.resolution and hold.resolution.bill if hold else None) or (0, 0, False)
         fields = {
             "time": iso_time(now_ms()),
-            "request_id": request_name(exchange.id),
+            "request_id": exchange.name,
             "account": caller.account if caller else None,
             "key": caller.hint if caller else None,
             "model": model.name if model else None,

@@ -228,7 +228,7 @@ class Site:
                 raise
             answer = await self.explain(visit, guard.Stop(refusal.status, refusal.message, refusal.headers))
         except Exception:
-            name = core.request_name(visit.exchange.id)
+            name = visit.exchange.name
             self.proxy.log.say(f"{name} failed\n{traceback.format_exc()}")
             answer = await self.explain(visit, guard.Stop(500, f"The console failed. Its log has more under {name}."))
         return self.with_cookie(visit, answer)
