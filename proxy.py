@@ -2542,14 +2542,10 @@ class Proxy:
 
     def passed_on(self, answer: Answer) -> dict[str, str]:
         """The headers of an upstream's answer that reach the client."""
-        found = answer.response.headers
-        headers = {name: value for name in TO_CLIENT if (value := found.get(name, "")) and value.isprintable()}
-        if (
-            not re.fullmatch(r"[0-9]{1,2}", wait := headers.get("Retry-After", "0"))
-            or int(wait) > RETRY_AFTER_SECONDS_MAX
-        ):
-            del headers["Retry-After"]
-        return {name: value for name, value in headers.items() if not self.secrets.search(value.encode())}
+        found = {name: answer.response.headers.get(name, "") for name in TO_CLIENT}
+        if not re.fullmatch(r"[1-5]?[0-9]|60", found["Retry-After"]):  # openai-node sleeps whatever it is told
+            found["Retry-After"] = ""
+        return {n: v for n, v in found.items() if v and v.isprintable() and not self.secrets.search(v.encode())}
 
     # -- relaying
 
