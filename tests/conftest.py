@@ -93,7 +93,7 @@ def shared(
         "echo": {"builtin": "echo"},
         "main": {"base_url": main.url, "api_key": UPSTREAM_KEY, "headers": {"x-team": "blue"}},
         "backup": {"base_url": backup.url},
-        "impatient": {"base_url": main.url, "first_byte_seconds": 0.5, "idle_seconds": 0.5},
+        "impatient": {"base_url": main.url, "first_byte_seconds": 0.2, "idle_seconds": 0.2},
         "silent": {"base_url": main.url, "usage_in_stream": "never"},
         "absent": {"base_url": nobody.url},
         "off": {"base_url": main.url, "api_key": "${SURELY_UNSET_VARIABLE}"},

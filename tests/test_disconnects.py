@@ -185,7 +185,7 @@ def test_a_client_that_does_not_read_slows_the_upstream_and_hinders_nobody(
     with proxy.client(account.key).stream_chat(max_tokens=100_000_000) as stream:
         sent = upstream.next_exchange().sent
         sizes: list[int] = []
-        wait_until(lambda: sizes.append(len(sent)) or sizes[-25:].count(len(sent)) == 25, "the upstream waits", 60)
+        wait_until(lambda: sizes.append(len(sent)) or sizes[-100:].count(len(sent)) == 100, "the upstream waits", 60)
         assert len(sent) < 50_000_000
         assert proxy.client(account.key).chat(model="echo").status == 200
         stream.leave()
