@@ -12,12 +12,9 @@ from tests.support.api_calls import (
     MESSAGES,
     MESSAGES_API,
     assert_messages_error,
-    last_event,
-    messages_break,
-    messages_details,
     messages_request,
 )
-from tests.support.api_upstreams import AnswersByPath, AnswersMessages, GoesSilent, HangsUp, SaysWhatFailed, named
+from tests.support.api_upstreams import AnswersByPath, AnswersMessages, named
 from tests.support.books import assert_books
 from tests.support.client import QUESTION, QUESTION_ESTIMATE
 from tests.support.exchange import Exchange
@@ -285,58 +282,6 @@ def test_an_upstream_that_does_not_speak_the_api_is_named(
     assert_messages_error(answer, 404)
     assert "main" in (message := answer.json()["error"]["message"]) and "messages" in message
     assert_books(proxy, account, credits=100)
-
-
-# -- Errors after the headers
-
-
-def test_a_break_is_told_in_the_apis_own_event(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
-) -> None:
-    account = funded_key(credits=1000)
-    upstream.behaviour = HangsUp(AnswersMessages(tokens=2))
-    answer = proxy.client(account.key).post(MESSAGES, messages_request(stream=True))
-    assert messages_break(answer) == "upstream_error"
-    assert answer.body.startswith(bytes(upstream.posts[0].sent))
-    assert_books(proxy, account, credits=1000 - 5 - 2)
-
-
-def test_silence_in_the_middle_is_told_in_the_apis_own_event(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
-) -> None:
-    account = funded_key(credits=1000)
-    upstream.behaviour = GoesSilent(AnswersMessages(tokens=2))
-    answer = proxy.client(account.key).post(MESSAGES, messages_request(model="impatient", stream=True))
-    assert messages_break(answer) == "upstream_timeout"
-    assert_books(proxy, account, credits=1000 - 5 - 2)
-
-
-OVERLOADED = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
-
-
-@pytest.mark.parametrize("event", [named(OVERLOADED), b"data: " + json.dumps(OVERLOADED).encode() + b"\n\n"])
-def test_an_upstreams_error_event_passes_as_it_is_and_counts_as_broken(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey, event: bytes
-) -> None:
-    account = funded_key(credits=1000)
-    upstream.behaviour = SaysWhatFailed(AnswersMessages(tokens=2), event)
-    answer = proxy.client(account.key).post(MESSAGES, messages_request(stream=True))
-    assert answer.body.startswith(bytes(upstream.posts[0].sent)) and not answer.clean
-    assert last_event(answer)[1] == OVERLOADED, "theirs is the only one"
-    assert_books(proxy, account, credits=1000 - 5 - 2)
-
-
-def test_the_end_of_the_credits_is_told_in_the_apis_own_event(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
-) -> None:
-    account = funded_key(credits=200)
-    upstream.behaviour = AnswersMessages(tokens=5000, word="a ", honours_maximum=False)
-    answer = proxy.client(account.key).post(MESSAGES, messages_request(stream=True, max_tokens=5000))
-    assert messages_break(answer) == "insufficient_credits"
-    messages_details(last_event(answer)[1]["error"], 402, "insufficient_credits")
-    shown = proxy.wait_until_settled(account)
-    assert_books(proxy, account, credits=shown["credits"])
-    assert -20 < shown["credits"] < 20
 
 
 # -- Headers

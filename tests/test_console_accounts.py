@@ -9,13 +9,12 @@ import pytest
 
 from tests.support.books import assert_audit
 from tests.support.console import (
-    CONSOLE,
     PASSWORD,
     Visitor,
     by_id,
     error_of,
     link_in,
-    quick_passwords,
+    start_site,
     text,
     value_of,
     went_to,
@@ -40,10 +39,7 @@ on_sqlite = pytest.mark.skipif(POSTGRES, reason="looks into the file of SQLite")
 
 @pytest.fixture(scope="module")
 def site(module_proxy: Callable[..., RunningProxy], tmp_path_factory: pytest.TempPathFactory) -> RunningProxy:
-    return module_proxy(
-        {"console": CONSOLE, "free_credits": {"amount": 1000, "days": 30}},
-        environment=quick_passwords(tmp_path_factory.mktemp("site")),
-    )
+    return start_site(module_proxy, tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.answers import Answers
+from tests.support.answers import Answers, Pauses
 from tests.support.exchange import Exchange
-from tests.support.waiting import Signal
 
 
 def named(data: Mapping[str, Any], newline: bytes = b"\n") -> bytes:
@@ -21,7 +20,7 @@ def named(data: Mapping[str, Any], newline: bytes = b"\n") -> bytes:
 
 
 @dataclass
-class Speaks:
+class Speaks(Pauses):
     """What the two APIs have in common; the events themselves are a subclass's."""
 
     tokens: int = 3
@@ -36,9 +35,6 @@ class Speaks:
     honours_maximum: bool = True
     headers: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.reached, self.resume = Signal(), Signal()
-
     async def __call__(self, exchange: Exchange) -> None:
         if not exchange.is_stream:
             await self.pause(0)
@@ -48,11 +44,6 @@ class Speaks:
         await self.send_tokens(exchange)
         await self.send(exchange, *self.closing(exchange.json))
         await exchange.end()
-
-    async def pause(self, sent: int) -> None:
-        if self.pause_after == sent:
-            self.reached.set()
-            await self.resume.happened()
 
     async def send_tokens(self, exchange: Exchange) -> None:
         """The events up to the last token."""

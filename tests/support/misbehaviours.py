@@ -8,6 +8,7 @@ from typing import Any
 from tests.support.answers import Answers
 from tests.support.exchange import Exchange
 from tests.support.sse import sse
+from tests.support.waiting import Signal
 
 
 @dataclass
@@ -216,3 +217,17 @@ class SendsGzip:
         await exchange.head(headers={"content-encoding": "gzip"})
         await exchange.send(body)
         await exchange.end()
+
+
+class UsageComesLate(Answers):
+    """Says why it ended, and the usage only when it may go on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sent = Signal()
+
+    async def send_closing(self, exchange: Exchange) -> None:
+        await self.send(exchange, self.finish(exchange))
+        await self.resume.happened()
+        await self.send(exchange, self.closing_usage(exchange) + sse(b"[DONE]"))
+        self.sent.set()
