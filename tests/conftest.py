@@ -24,12 +24,13 @@ import pytest
 
 from tests.support.answers import Answers
 from tests.support.books import assert_audit
-from tests.support.client import Client
 from tests.support.commands import CommandServer
 from tests.support.exchange import Behaviour
 from tests.support.files import MODELS, OPTIONS, UPSTREAM_KEY, write_files
 from tests.support.process import Account, RunningProxy, Shared, proxies
 from tests.support.upstream import FakeUpstream, LoopThread, RefusesConnections
+
+pytest_plugins = ["tests.support.fixtures"]
 
 
 @pytest.fixture(scope="session")
@@ -158,28 +159,6 @@ def funded_key(proxy: RunningProxy) -> Callable[..., Account]:
         return proxy.add_account(credits, tier)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def payer(shared: Shared) -> Account:
-    """One account of the shared proxy for the tests of a module."""
-    return shared.proxy.add_account(1_000_000)
-
-
-@pytest.fixture
-def account(proxy: RunningProxy, payer: Account) -> Account:
-    """The module's account, with the credits that are left."""
-    payer.credits = proxy.client(payer.key).balance
-    return payer
-
-
-@pytest.fixture
-def untouched(account: Account, proxy: RunningProxy, upstream: FakeUpstream) -> Iterator[Client]:
-    """A client of the module's account. After the test: no upstream was called and nothing was charged."""
-    client = proxy.client(account.key)
-    yield client
-    assert not upstream.posts
-    assert client.balance == account.credits
 
 
 @pytest.fixture

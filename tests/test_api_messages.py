@@ -1,7 +1,6 @@
 """The Messages API: what its usage costs, how its errors look, which headers pass."""
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,6 @@ from tests.support.exchange import Exchange
 from tests.support.misbehaviours import Fails, ResetsBeforeHeaders, SendsEvents, StallsBeforeFirstByte
 from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
-from tests.support.waiting import wait_until
 
 MakeKey = Callable[..., Account]
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
@@ -189,8 +187,8 @@ def test_errors_of_a_key_and_an_account_have_the_apis_own_shape(proxy: RunningPr
     assert_books(proxy, account, credits=1000)
 
 
+@pytest.mark.usefixtures("early_in_a_minute")
 def test_a_rate_limit_has_the_apis_own_shape(proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey) -> None:
-    wait_until(lambda: time.time() % 60 < 55, "the next minute begins")
     account = funded_key(credits=1000, tier="two-a-minute")
     upstream.behaviour = AnswersMessages()
     client = proxy.client(account.key)
@@ -331,11 +329,11 @@ def test_what_claude_code_sends_reaches_the_upstream(
 # -- Counting tokens
 
 
+@pytest.mark.usefixtures("early_in_a_minute")
 def test_counting_tokens_is_free_and_counts_as_a_request(
     proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
 ) -> None:
     """It needs a key, and no credits; `stream` changes nothing."""
-    wait_until(lambda: time.time() % 60 < 55, "the next minute begins")
     upstream.behaviour = AnswersByPath(prompt_tokens=44)
     account = funded_key(credits=0, tier="two-a-minute")
     client = proxy.client(account.key)

@@ -1,7 +1,6 @@
 """The Responses API: what its usage costs, how its errors look, and that nothing is stored."""
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ from tests.support.errors import assert_error
 from tests.support.misbehaviours import Fails, ResetsBeforeHeaders, SendsEvents, StallsBeforeFirstByte
 from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
-from tests.support.waiting import wait_until
 
 MakeKey = Callable[..., Account]
 INPUT_TOKENS = f"{RESPONSES}/input_tokens"
@@ -228,10 +226,10 @@ def test_an_upstream_that_does_not_speak_the_api_is_named(
 # -- Counting tokens
 
 
+@pytest.mark.usefixtures("early_in_a_minute")
 def test_counting_tokens_is_free_and_counts_as_a_request(
     proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
 ) -> None:
-    wait_until(lambda: time.time() % 60 < 55, "the next minute begins")
     upstream.behaviour = AnswersByPath(prompt_tokens=44)
     account = funded_key(credits=0, tier="two-a-minute")
     client = proxy.client(account.key)

@@ -2,7 +2,6 @@
 
 import re
 import sqlite3
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from tests.support.console import (
     by_id,
     error_of,
     link_in,
-    start_site,
     text,
     value_of,
     went_to,
@@ -35,16 +33,6 @@ HOSTILE = [
 ]
 
 on_sqlite = pytest.mark.skipif(POSTGRES, reason="looks into the file of SQLite")
-
-
-@pytest.fixture(scope="module")
-def site(module_proxy: Callable[..., RunningProxy], tmp_path_factory: pytest.TempPathFactory) -> RunningProxy:
-    return start_site(module_proxy, tmp_path_factory.mktemp("site"))
-
-
-@pytest.fixture
-def visitor(site: RunningProxy) -> Visitor:
-    return Visitor(site)
 
 
 def test_whoever_registers_is_signed_in_with_the_free_credits(site: RunningProxy, visitor: Visitor) -> None:

@@ -83,14 +83,24 @@ class StallsBeforeFirstByte:
 
 
 @dataclass
-class StallsMidStream:
-    """Some tokens, then silence with the connection open."""
+class BreaksBetweenEvents:
+    """Some tokens, then the connection ends without HTTP's end."""
 
     tokens: int = 2
 
     async def __call__(self, exchange: Exchange) -> None:
         await exchange.head()
         await Answers(tokens=self.tokens).send_tokens(exchange)
+        await self.then(exchange)
+
+    async def then(self, exchange: Exchange) -> None:
+        """What others do after the tokens."""
+
+
+class StallsMidStream(BreaksBetweenEvents):
+    """Some tokens, then silence with the connection open."""
+
+    async def then(self, exchange: Exchange) -> None:
         await exchange.stall()
 
 
@@ -104,27 +114,11 @@ class BreaksBeforeFirstEvent:
         exchange.reset()
 
 
-@dataclass
-class BreaksMidEvent:
+class BreaksMidEvent(BreaksBetweenEvents):
     """Some tokens, half of the next, then the connection ends without HTTP's end."""
 
-    tokens: int = 2
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await Answers(tokens=self.tokens).send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
         await exchange.send(Answers().token(exchange)[:-20])
-
-
-@dataclass
-class BreaksBetweenEvents:
-    """Some tokens, then the connection ends without HTTP's end."""
-
-    tokens: int = 2
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await Answers(tokens=self.tokens).send_tokens(exchange)
 
 
 @dataclass
@@ -141,15 +135,10 @@ class EndsWithoutDone:
         await exchange.end()
 
 
-@dataclass
-class EndsInMidAir:
+class EndsInMidAir(BreaksBetweenEvents):
     """Some tokens and a clean end: neither a finish reason nor usage nor [DONE]."""
 
-    tokens: int = 2
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await Answers(tokens=self.tokens).send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
         await exchange.end()
 
 
@@ -162,15 +151,12 @@ class EmptyBody:
 
 
 @dataclass
-class ErrorEventThenDone:
+class ErrorEventThenDone(BreaksBetweenEvents):
     """What vLLM does when its engine dies: an error event, then [DONE] and a clean end."""
 
-    tokens: int = 2
     error: bytes = sse({"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError"}})
 
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await Answers(tokens=self.tokens).send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
         await exchange.send(self.error + sse(b"[DONE]"))
         await exchange.end()
 
