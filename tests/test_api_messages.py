@@ -270,18 +270,6 @@ def test_an_upstreams_error_in_another_shape_is_put_into_it(
     assert_books(proxy, account, credits=100)
 
 
-@pytest.mark.parametrize("body", [b"404 page not found", {"detail": "Not Found"}])
-def test_an_upstream_that_does_not_speak_the_api_is_named(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey, body: Any
-) -> None:
-    account = funded_key(credits=100)
-    upstream.behaviour = Fails(404, body)
-    answer = proxy.client(account.key).post(MESSAGES, messages_request())
-    assert_messages_error(answer, 404)
-    assert "main" in (message := answer.json()["error"]["message"]) and "messages" in message
-    assert_books(proxy, account, credits=100)
-
-
 # -- Headers
 
 

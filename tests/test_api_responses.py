@@ -210,19 +210,6 @@ def test_an_upstreams_error_passes_with_its_body(
     assert_books(proxy, account, credits=100)
 
 
-@pytest.mark.parametrize("body", [b"404 page not found", {"detail": "Not Found"}])
-def test_an_upstream_that_does_not_speak_the_api_is_named(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey, body: Any
-) -> None:
-    """llama-cpp-python, and many another."""
-    account = funded_key(credits=100)
-    upstream.behaviour = Fails(404, body)
-    answer = proxy.client(account.key).post(RESPONSES, responses_request())
-    assert answer.status == 404
-    assert "main" in answer.error["message"] and "responses" in answer.error["message"]
-    assert_books(proxy, account, credits=100)
-
-
 # -- Counting tokens
 
 
