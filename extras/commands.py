@@ -1,4 +1,4 @@
-"""Every command but `serve`: what an operator types. Figures come from extras/queries.py, as in the console.
+"""Every command but `serve`: what an operator types. Figures come from queries.py and audit.py, as in the console.
 
 A command runs in one transaction and is shown before that ends: a key or an account that nobody could read does not
 exist. Commands work while the server runs, and take effect on its next request.
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import proxy
 from extras import queries
+from extras.audit import AMOUNTS, prove_books
 from extras.notices import retiring
 from extras.probes import check_upstreams
 from extras.queries import snapshot
@@ -235,10 +236,9 @@ def described(use: queries.Use) -> dict[str, Any]:
 
 def audit(desk: Desk, options: Namespace) -> Report:
     """Prove the books in one snapshot."""
-    found = queries.audit(desk.db, desk.now, options.overruns)
+    found = prove_books(desk.db, desk.now, options.overruns)
     value = found.described()
-    amounts = ("grants", "lapsed", "charges", "balances", "held")
-    lines = table(("credits", "total"), [[name, shown(value[name])] for name in amounts])
+    lines = table(("credits", "total"), [[name, shown(value[name])] for name in AMOUNTS])
     lines.append(f"open requests: {found.totals.open_requests}")
     above = as_credits(found.overrun_credits)
     lines.append(f"charges above their hold: {found.overrun_count:,}, by {above:,} credits together")

@@ -13,7 +13,8 @@ from typing import Any
 from msgspec.structs import replace
 
 import proxy
-from extras import queries
+from extras.audit import prove_books
+from extras.queries import snapshot
 from proxy import CommandError, Config
 
 UNUSED = {"account": "name <> 'owner'", "api_key": "last_used_at IS NOT NULL", "credit_grant": "kind <> 'free'"}
@@ -38,7 +39,7 @@ def copy_ledger(config: Config, source: str, target: str) -> list[str]:
 
 def copy_all(here: Any, there: Any) -> dict[str, int]:
     """How many rows each table has. psycopg's own transaction: COPY does not go with a pipeline."""
-    with there.raw.transaction(), queries.snapshot(here) as now:
+    with there.raw.transaction(), snapshot(here) as now:
         tables = dict(objects(here, "table"))
         for table, sql in tables.items():
             if not exists(there, table):
@@ -49,7 +50,7 @@ def copy_all(here: Any, there: Any) -> dict[str, int]:
             raise CommandError("a proxy runs on TO, or was killed a moment ago; stop it first")
         there.execute(f"TRUNCATE {', '.join(tables)}")
         counts = {table: copy_table(here, there, table) for table in tables}
-        found = [queries.audit(db, now).described() for db in (here, there)]
+        found = [prove_books(db, now).described() for db in (here, there)]
         if found[0] != found[1]:
             raise CommandError(f"nothing was copied: audit finds {found[0]} here, and there {found[1]}")
     return counts

@@ -10,12 +10,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
-import sqlite3
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
-
-import msgspec
 
 import proxy
 from proxy import (
@@ -42,6 +38,12 @@ def snapshot(db: Any) -> Iterator[int]:
         yield now
     finally:
         db.execute("ROLLBACK")
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """How a sentence about a name that does not exist ends, if there is one like it."""
+    near = difflib.get_close_matches(name[:NAME_MAX], list(names), 1, cutoff)
+    return f'; did you mean "{near[0]}"?' if near else ""
 
 
 # ---- Accounts -------------------------------------------------------------------------------------------------------
@@ -119,8 +121,7 @@ def find_account(db: Database, now: int, name: str) -> Account:
     row = db.execute(f"{ACCOUNT_NOW} WHERE a.name = :name", {"now": now, "name": name}).fetchone()
     if row is None:
         names = [other for (other,) in db.execute("SELECT name FROM account LIMIT :most", {"most": NAMES_MAX})]
-        near = difflib.get_close_matches(name[:NAME_MAX], names, 1)
-        raise CommandError(f'there is no account "{name}"' + (f'; did you mean "{near[0]}"?' if near else ""))
+        raise CommandError(f'there is no account "{name}"{nearest(name, names)}')
     return Account(*row)
 
 
@@ -141,9 +142,8 @@ def name_taken(db: Database, name: str) -> str | None:
 def check_tier(config: Config, tier: str) -> str:
     if tier in config.tiers:
         return tier
-    near = difflib.get_close_matches(tier, list(config.tiers), 1)
-    hint = f'did you mean "{near[0]}"? ' if near else ""
-    raise CommandError(f'there is no account tier "{tier}"; {hint}expected one of: {", ".join(config.tiers)}')
+    hint = nearest(tier, config.tiers) or ";"
+    raise CommandError(f'there is no account tier "{tier}"{hint} expected one of: {", ".join(config.tiers)}')
 
 
 def set_tier(db: Database, config: Config, account_id: int, tier: str) -> None:
@@ -205,8 +205,7 @@ def models_of_key(catalog: Catalog, names: Iterable[str]) -> str | None:
     ids: dict[str, None] = {}
     for name in filter(None, (name.strip() for name in names)):
         if name not in catalog.names:
-            near = difflib.get_close_matches(name[:NAME_MAX], list(catalog.names), 1, 0.5)
-            raise CommandError(f'there is no model "{name}"' + (f'; did you mean "{near[0]}"?' if near else ""))
+            raise CommandError(f'there is no model "{name}"{nearest(name, catalog.names, 0.5)}')
         ids[catalog.names[name]] = None
     return " ".join(ids) or None
 
@@ -361,15 +360,9 @@ class DeprecatedUse(NamedTuple):
     last_at: int
 
 
-def which(**filters: Any) -> tuple[str, dict[str, Any]]:
+def which(**filters: int | None) -> tuple[str, dict[str, int]]:
     """What stands behind WHERE for the filters that are given, and their values."""
-    clauses = {
-        "since": "r.id >= :since",
-        "before": "r.id < :before",
-        "account_id": "r.account_id = :account_id",
-        "model": "r.model = :model",
-        "key_id": "r.key_id = :key_id",
-    }
+    clauses = {"since": "r.id >= :since", "before": "r.id < :before", "account_id": "r.account_id = :account_id"}
     given = {name: value for name, value in filters.items() if value is not None}
     return " AND ".join(["1 = 1", *(clauses[name] for name in given)]), given
 
@@ -384,16 +377,9 @@ def days_ago(now: int, days: int) -> int:
     return max(0, (now // DAY_MS - days + 1) * DAY_MS)
 
 
-def usage(
-    db: Database,
-    since: int,
-    account_id: int | None = None,
-    model: str | None = None,
-    key_id: int | None = None,
-    by_key: bool = False,
-) -> list[Use]:
+def usage(db: Database, since: int, account_id: int | None = None, by_key: bool = False) -> list[Use]:
     """What was used since, by day and model, and by key; requests that are under way are not in it yet."""
-    where, values = which(since=first_id(since), account_id=account_id, model=model, key_id=key_id)
+    where, values = which(since=first_id(since), account_id=account_id)
     columns = f"(r.id >> {REQUEST_ID_BITS}) / {DAY_MS}, r.model, " + ("r.key_id" if by_key else "NULL")
     groups = "1, 2, 3" if by_key else "1, 2"
     sql = f"""
@@ -410,15 +396,10 @@ def iso_day(day: int) -> str:
 
 
 def requests_page(
-    db: Database,
-    account_id: int | None = None,
-    before: int | None = None,
-    limit: int = 50,
-    model: str | None = None,
-    key_id: int | None = None,
+    db: Database, account_id: int | None = None, before: int | None = None, limit: int = 50
 ) -> list[Request]:
     """The newest first; `before` is the id that ended the page before."""
-    where, values = which(before=before, account_id=account_id, model=model, key_id=key_id)
+    where, values = which(before=before, account_id=account_id)
     sql = f"""
         SELECT r.id, a.name, r.key_id, k.hint, r.model, r.state, r.outcome, r.upstream, r.prompt_tokens,
             r.completion_tokens, r.estimated, r.hold, r.charge, r.first_byte_ms, r.resolved_at
@@ -443,12 +424,14 @@ def deprecated_uses(
         GROUP BY r.model, a.name ORDER BY r.model, a.name
     """
     return [
-        DeprecatedUse(model, deprecated[model].sunset, deprecated[model].replacement, account, count, last >> 20)
-        for model, account, count, last in db.execute(sql, {**values, **names})
+        DeprecatedUse(
+            name, deprecated[name].sunset, deprecated[name].replacement, account, count, last_id >> REQUEST_ID_BITS
+        )
+        for name, account, count, last_id in db.execute(sql, {**values, **names})
     ]
 
 
-# ---- Totals and the audit -------------------------------------------------------------------------------------------
+# ---- Totals ---------------------------------------------------------------------------------------------------------
 
 
 class Totals(NamedTuple):
@@ -471,247 +454,3 @@ def totals(db: Database, now: int) -> Totals:
         FROM account a
     """
     return Totals(*db.execute(sql, {"now": now}).fetchone())
-
-
-# What a request's row must be by itself; the schema's own constraints say most of it a second time.
-FITS = """
-    hold = hold_tokens * multiplier AND free_held >= 0 AND free_held <= hold
-    AND (multiplier = 0 OR hold_tokens >= 2 * prompt_estimate)
-    AND (state = 'open' AND charge IS NULL AND free_charge IS NULL AND resolved_at IS NULL
-        OR (state = 'settled' OR state = 'void' AND charge = 0) AND resolved_at IS NOT NULL
-        AND charge = (prompt_tokens + completion_tokens) * multiplier AND free_charge >= 0 AND free_charge <= charge)
-"""
-AUDIT_REQUESTS = f"""
-    SELECT account_id, key_id, coalesce(sum(charge), 0), coalesce(sum(free_charge), 0),
-        coalesce(sum(hold) FILTER (WHERE state = 'open'), 0),
-        coalesce(sum(free_held) FILTER (WHERE state = 'open'), 0), count(*) FILTER (WHERE state = 'open'),
-        count(*) FILTER (WHERE charge > hold), coalesce(sum(charge - hold) FILTER (WHERE charge > hold), 0),
-        sum(CASE WHEN {FITS} THEN 0 ELSE 1 END), coalesce(max(resolved_at), 0), max(id)
-    FROM request GROUP BY key_id, account_id
-"""
-AUDIT_GRANTS = """
-    SELECT account_id, coalesce(sum(amount) FILTER (WHERE kind = 'free'), 0),
-        coalesce(sum(amount) FILTER (WHERE kind = 'paid'), 0),
-        min(expires_at) FILTER (WHERE kind = 'free'), max(expires_at) FILTER (WHERE kind = 'free')
-    FROM credit_grant GROUP BY account_id
-"""
-AUDIT_ACCOUNTS = f"""
-    SELECT a.id, a.name, a.free, a.free_expires_at, a.free_held, a.paid, a.held, a.granted, a.lapsed, a.charged,
-        a.open_requests, {LAPSING}
-    FROM account a
-"""
-UNFIT = f"SELECT id FROM request WHERE CASE WHEN {FITS} THEN 0 ELSE 1 END = 1 ORDER BY id LIMIT 10"
-
-# A balance below zero is the doing of each charge above its hold that fell into the life of a request which met or left
-# it there: what the one took was what the other had reserved. The purchased credits are added up in the order in which
-# they moved.
-OVERRUNS = """
-    SELECT r.id, a.name, r.model, r.hold, r.charge FROM request r JOIN account a ON a.id = r.account_id
-    WHERE r.charge > r.hold
-"""
-DEBTS = f"""
-    WITH moved AS (
-        SELECT account_id, created_at AS moment, 0 AS request_id, id AS place, amount FROM credit_grant
-        WHERE kind = 'paid'
-        UNION ALL
-        SELECT account_id, resolved_at, id, id, free_charge - charge FROM request WHERE charge > free_charge
-    ), running AS (
-        SELECT account_id, request_id, moment,
-            sum(amount) OVER (PARTITION BY account_id ORDER BY moment, request_id, place) AS paid
-        FROM moved
-    ), debt AS MATERIALIZED (
-        SELECT account_id, request_id >> {REQUEST_ID_BITS} AS began, moment FROM running
-        WHERE paid < 0 AND request_id > 0
-    )
-    {OVERRUNS} AND EXISTS (
-        SELECT 1 FROM debt d
-        WHERE d.account_id = r.account_id AND r.resolved_at >= d.began AND r.resolved_at <= d.moment
-    )
-"""
-
-
-class Sums(msgspec.Struct):
-    """What the requests of an account, or of a key, add up to."""
-
-    charge: int = 0
-    free_charge: int = 0
-    hold: int = 0
-    free_held: int = 0
-    open: int = 0
-    overruns: int = 0
-    above_hold: int = 0
-    unfit: int = 0
-    seen_at: int = 0
-    """The latest moment that the rows know: a clock that ran ahead and was put right has lapsed credits honestly."""
-
-    def add(self, charge: int, free_charge: int, hold: int, free_held: int, opened: int, *more: int) -> None:
-        overruns, above_hold, unfit, resolved_at, last_id = more
-        self.charge += charge
-        self.free_charge += free_charge
-        self.hold += hold
-        self.free_held += free_held
-        self.open += opened
-        self.overruns += overruns
-        self.above_hold += above_hold
-        self.unfit += unfit
-        self.seen_at = max(self.seen_at, resolved_at, last_id >> REQUEST_ID_BITS)
-
-
-class Grants(NamedTuple):
-    """What the grants of an account add up to, and the first and last day of its free ones."""
-
-    free: int = 0
-    paid: int = 0
-    expires_first: int | None = None
-    expires_last: int | None = None
-
-
-class AuditedAccount(NamedTuple):
-    id: int
-    name: str
-    free: int
-    free_expires_at: int | None
-    free_held: int
-    paid: int
-    held: int
-    granted: int
-    lapsed: int
-    charged: int
-    open_requests: int
-    lapsing: int
-
-
-class Overrun(NamedTuple):
-    """A charge above its hold."""
-
-    request_id: int
-    account: str
-    model: str
-    hold: int
-    charge: int
-
-    def described(self) -> dict[str, Any]:
-        return {
-            "request_id": proxy.request_name(self.request_id),
-            "account": self.account,
-            "model": self.model,
-            "hold": as_credits(self.hold),
-            "charge": as_credits(self.charge),
-        }
-
-
-class Audit(NamedTuple):
-    """What the books say, and what is wrong with them. `overruns` are those that took a balance below zero, or all."""
-
-    totals: Totals
-    overrun_count: int
-    overrun_credits: int
-    overruns: list[Overrun]
-    problems: list[str]
-
-    def described(self) -> dict[str, Any]:
-        """As `audit` prints it."""
-        amounts = ("grants", "lapsed", "charges", "balances", "held")
-        return {
-            "ok": not self.problems,
-            **{name: as_credits(getattr(self.totals, name)) for name in amounts},
-            "open_requests": self.totals.open_requests,
-            "overruns": [overrun.described() for overrun in self.overruns],
-            "charged_above_hold": {"requests": self.overrun_count, "credits": as_credits(self.overrun_credits)},
-            "problems": self.problems,
-        }
-
-
-def audit(db: Database, now: int, all_overruns: bool = False) -> Audit:
-    """Prove the books of one moment (run it inside `snapshot`): every figure that is kept, from grants and requests,
-    free and purchased credits apart; every request by itself; the schema by its text."""
-    accounts = [AuditedAccount(*row) for row in db.execute(AUDIT_ACCOUNTS, {"now": now})]
-    grants = {account_id: Grants(*row) for account_id, *row in db.execute(AUDIT_GRANTS)}
-    of_accounts: defaultdict[int, Sums] = defaultdict(Sums)
-    of_keys: defaultdict[tuple[int, int], Sums] = defaultdict(Sums)
-    whole = Sums()
-    for account_id, key_id, *row in db.execute(AUDIT_REQUESTS):
-        for sums in (of_accounts[account_id], of_keys[account_id, key_id], whole):
-            sums.add(*row)
-
-    problems = schema_problems(db)
-    for account in accounts:
-        sums = of_accounts.pop(account.id, Sums())
-        problems += account_problems(account, grants.pop(account.id, Grants()), sums, now)
-    problems += key_problems(db, of_keys)
-    problems += [f"account {number}: has grants or requests, and does not exist" for number in {*grants, *of_accounts}]
-    if whole.unfit:
-        unfit = ", ".join(proxy.request_name(number) for (number,) in db.execute(UNFIT))
-        problems.append(f"{whole.unfit} requests are not what they must be by themselves, among them: {unfit}")
-    listed = OVERRUNS if all_overruns else DEBTS
-    overruns = [Overrun(*row) for row in db.execute(f"{listed} ORDER BY r.id")] if whole.overruns else []
-    return Audit(sum_up(accounts, whole), whole.overruns, whole.above_hold, overruns, problems)
-
-
-def sum_up(accounts: Sequence[AuditedAccount], requests: Sums) -> Totals:
-    """The totals that `audit` prints, with what has lapsed by now taken off."""
-    return Totals(
-        accounts=len(accounts),
-        grants=sum(account.granted for account in accounts),
-        lapsed=sum(account.lapsed + account.lapsing for account in accounts),
-        charges=requests.charge,
-        balances=sum(account.free + account.paid - account.lapsing for account in accounts),
-        held=sum(account.held for account in accounts),
-        open_requests=requests.open,
-    )
-
-
-def account_problems(account: AuditedAccount, grants: Grants, sums: Sums, now: int) -> Iterator[str]:
-    """What an account's row says otherwise than its grants and requests."""
-    proofs = {
-        "free": (account.free, grants.free - account.lapsed - sums.free_charge),
-        "paid": (account.paid, grants.paid - (sums.charge - sums.free_charge)),
-        "granted": (account.granted, grants.free + grants.paid),
-        "charged": (account.charged, sums.charge),
-        "held": (account.held, sums.hold),
-        "free_held": (account.free_held, sums.free_held),
-    }
-    for what, (kept, proved) in proofs.items():
-        if kept != proved:
-            made = f"{as_credits(proved):,}"
-            yield f"account {account.name}: {what} is {as_credits(kept):,}, but its grants and requests make {made}"
-    if account.open_requests != sums.open:
-        yield f"account {account.name}: open_requests is {account.open_requests}, but {sums.open} are open"
-    day = account.free_expires_at
-    if not grants.expires_first == grants.expires_last == day:
-        yield f"account {account.name}: its free credits lapse at {iso_time(day)}, but by their grant at another time"
-    if account.lapsed < 0 or (account.lapsed and (day is None or day > max(now, sums.seen_at))):
-        yield f"account {account.name}: {as_credits(account.lapsed):,} credits lapsed that could not yet"
-
-
-def key_problems(db: Database, of_keys: dict[tuple[int, int], Sums]) -> Iterator[str]:
-    """What a key's row says otherwise than its requests, and requests whose key is another account's, or none."""
-    for key_id, account_id, spent, held in db.execute("SELECT id, account_id, spent, held FROM api_key ORDER BY id"):
-        sums = of_keys.pop((account_id, key_id), Sums())
-        for what, kept, proved in (("spent", spent, sums.charge), ("held", held, sums.hold)):
-            if kept != proved:
-                yield f"key {key_id}: {what} is {as_credits(kept):,}, but its requests make {as_credits(proved):,}"
-    for account_id, key_id in of_keys:
-        yield f"account {account_id}: has requests of key {key_id}, which is not its own"
-
-
-def schema_problems(db: Any) -> list[str]:
-    """What of the schema is missing, not by its text, or added. A database that is not SQLite's brings a method."""
-    if not isinstance(db, sqlite3.Connection):
-        return list(db.schema_problems()) if hasattr(db, "schema_problems") else []
-    sql = """
-        SELECT sql FROM sqlite_master WHERE sql IS NOT NULL
-            AND tbl_name IN ('account', 'api_key', 'credit_grant', 'request')
-    """
-    found = {in_one_line(text) for (text,) in db.execute(sql)}
-    statements = proxy.split_statements(proxy.SCHEMA)
-    meant = {in_one_line(text[text.index("CREATE ") :].rstrip(";")) for text in statements}
-    return [
-        f"the schema's {' '.join(text.split(' ')[1:3]).lower()} {what}"
-        for texts, what in ((meant - found, "is missing or was changed"), (found - meant, "is not of this program"))
-        for text in sorted(texts)
-    ]
-
-
-def in_one_line(text: str) -> str:
-    return " ".join(text.split())

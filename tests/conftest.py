@@ -30,6 +30,8 @@ from tests.support.files import MODELS, OPTIONS, UPSTREAM_KEY, write_files
 from tests.support.process import Account, RunningProxy, Shared, proxies
 from tests.support.upstream import FakeUpstream, LoopThread, RefusesConnections
 
+pytest_plugins = ["tests.support.fixtures"]
+
 
 @pytest.fixture(scope="session")
 def loop_thread() -> Iterator[LoopThread]:
@@ -93,7 +95,7 @@ def shared(
         "echo": {"builtin": "echo"},
         "main": {"base_url": main.url, "api_key": UPSTREAM_KEY, "headers": {"x-team": "blue"}},
         "backup": {"base_url": backup.url},
-        "impatient": {"base_url": main.url, "first_byte_seconds": 0.5, "idle_seconds": 0.5},
+        "impatient": {"base_url": main.url, "first_byte_seconds": 0.2, "idle_seconds": 0.2},
         "silent": {"base_url": main.url, "usage_in_stream": "never"},
         "absent": {"base_url": nobody.url},
         "off": {"base_url": main.url, "api_key": "${SURELY_UNSET_VARIABLE}"},

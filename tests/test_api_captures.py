@@ -22,7 +22,6 @@ from tests.support.sse import event_data, split_events
 from tests.support.waiting import Signal
 
 FOLDER = Path(__file__).parent / "data" / "api_captures"
-CREDITS = 1_000_000.0
 SMALL_BYTES = 2000  # sent byte by byte; longer ones in pieces of seven
 
 
@@ -185,19 +184,6 @@ def ways_to_send(capture: Capture) -> dict[str, list[bytes]]:
         ways["chunk by chunk"] = capture.events
     ways["byte by byte"] = in_pieces(capture.body, 1 if len(capture.body) <= SMALL_BYTES else 7)
     return ways
-
-
-@pytest.fixture(scope="module")
-def one_account(shared: Any) -> Account:
-    made: Account = shared.proxy.add_account(CREDITS)
-    return made
-
-
-@pytest.fixture
-def account(proxy: RunningProxy, one_account: Account) -> Account:
-    """One account for all: its credits are what is left after the captures so far."""
-    one_account.credits = proxy.client(one_account.key).balance
-    return one_account
 
 
 def replay(proxy: RunningProxy, account: Account, behaviour: Replays, until: bytes = b"") -> Response:

@@ -1,7 +1,6 @@
 """The Messages API: what its usage costs, how its errors look, which headers pass."""
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +11,15 @@ from tests.support.api_calls import (
     MESSAGES,
     MESSAGES_API,
     assert_messages_error,
-    last_event,
-    messages_break,
-    messages_details,
     messages_request,
 )
-from tests.support.api_upstreams import AnswersByPath, AnswersMessages, GoesSilent, HangsUp, SaysWhatFailed, named
+from tests.support.api_upstreams import AnswersByPath, AnswersMessages, named
 from tests.support.books import assert_books
 from tests.support.client import QUESTION, QUESTION_ESTIMATE
 from tests.support.exchange import Exchange
 from tests.support.misbehaviours import Fails, ResetsBeforeHeaders, SendsEvents, StallsBeforeFirstByte
 from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
-from tests.support.waiting import wait_until
 
 MakeKey = Callable[..., Account]
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
@@ -192,8 +187,8 @@ def test_errors_of_a_key_and_an_account_have_the_apis_own_shape(proxy: RunningPr
     assert_books(proxy, account, credits=1000)
 
 
+@pytest.mark.usefixtures("early_in_a_minute")
 def test_a_rate_limit_has_the_apis_own_shape(proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey) -> None:
-    wait_until(lambda: time.time() % 60 < 55, "the next minute begins")
     account = funded_key(credits=1000, tier="two-a-minute")
     upstream.behaviour = AnswersMessages()
     client = proxy.client(account.key)
@@ -275,70 +270,6 @@ def test_an_upstreams_error_in_another_shape_is_put_into_it(
     assert_books(proxy, account, credits=100)
 
 
-@pytest.mark.parametrize("body", [b"404 page not found", {"detail": "Not Found"}])
-def test_an_upstream_that_does_not_speak_the_api_is_named(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey, body: Any
-) -> None:
-    account = funded_key(credits=100)
-    upstream.behaviour = Fails(404, body)
-    answer = proxy.client(account.key).post(MESSAGES, messages_request())
-    assert_messages_error(answer, 404)
-    assert "main" in (message := answer.json()["error"]["message"]) and "messages" in message
-    assert_books(proxy, account, credits=100)
-
-
-# -- Errors after the headers
-
-
-def test_a_break_is_told_in_the_apis_own_event(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
-) -> None:
-    account = funded_key(credits=1000)
-    upstream.behaviour = HangsUp(AnswersMessages(tokens=2))
-    answer = proxy.client(account.key).post(MESSAGES, messages_request(stream=True))
-    assert messages_break(answer) == "upstream_error"
-    assert answer.body.startswith(bytes(upstream.posts[0].sent))
-    assert_books(proxy, account, credits=1000 - 5 - 2)
-
-
-def test_silence_in_the_middle_is_told_in_the_apis_own_event(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
-) -> None:
-    account = funded_key(credits=1000)
-    upstream.behaviour = GoesSilent(AnswersMessages(tokens=2))
-    answer = proxy.client(account.key).post(MESSAGES, messages_request(model="impatient", stream=True))
-    assert messages_break(answer) == "upstream_timeout"
-    assert_books(proxy, account, credits=1000 - 5 - 2)
-
-
-OVERLOADED = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
-
-
-@pytest.mark.parametrize("event", [named(OVERLOADED), b"data: " + json.dumps(OVERLOADED).encode() + b"\n\n"])
-def test_an_upstreams_error_event_passes_as_it_is_and_counts_as_broken(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey, event: bytes
-) -> None:
-    account = funded_key(credits=1000)
-    upstream.behaviour = SaysWhatFailed(AnswersMessages(tokens=2), event)
-    answer = proxy.client(account.key).post(MESSAGES, messages_request(stream=True))
-    assert answer.body.startswith(bytes(upstream.posts[0].sent)) and not answer.clean
-    assert last_event(answer)[1] == OVERLOADED, "theirs is the only one"
-    assert_books(proxy, account, credits=1000 - 5 - 2)
-
-
-def test_the_end_of_the_credits_is_told_in_the_apis_own_event(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
-) -> None:
-    account = funded_key(credits=200)
-    upstream.behaviour = AnswersMessages(tokens=5000, word="a ", honours_maximum=False)
-    answer = proxy.client(account.key).post(MESSAGES, messages_request(stream=True, max_tokens=5000))
-    assert messages_break(answer) == "insufficient_credits"
-    messages_details(last_event(answer)[1]["error"], 402, "insufficient_credits")
-    shown = proxy.wait_until_settled(account)
-    assert_books(proxy, account, credits=shown["credits"])
-    assert -20 < shown["credits"] < 20
-
-
 # -- Headers
 
 
@@ -386,11 +317,11 @@ def test_what_claude_code_sends_reaches_the_upstream(
 # -- Counting tokens
 
 
+@pytest.mark.usefixtures("early_in_a_minute")
 def test_counting_tokens_is_free_and_counts_as_a_request(
     proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
 ) -> None:
     """It needs a key, and no credits; `stream` changes nothing."""
-    wait_until(lambda: time.time() % 60 < 55, "the next minute begins")
     upstream.behaviour = AnswersByPath(prompt_tokens=44)
     account = funded_key(credits=0, tier="two-a-minute")
     client = proxy.client(account.key)

@@ -22,27 +22,11 @@ from tests.support.api_upstreams import AnswersByPath, AnswersMessages, AnswersR
 from tests.support.books import assert_books
 from tests.support.client import QUESTION, QUESTION_ESTIMATE, chat_request
 from tests.support.errors import assert_error
-from tests.support.process import Account, RunningProxy, Shared
+from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
 
 MakeKey = Callable[..., Account]
 APIS = [pytest.param(api, id=api.path.rpartition("/")[2]) for api in BOTH]
-
-
-@pytest.fixture(scope="module")
-def payer(shared: Shared) -> Account:
-    """An account whose refused requests cost nothing."""
-    return shared.proxy.add_account(1_000_000)
-
-
-@pytest.fixture
-def untouched(proxy: RunningProxy, upstream: FakeUpstream, payer: Account) -> Any:
-    """After the test: no upstream was called and nothing was charged."""
-    client = proxy.client(payer.key)
-    before = client.balance
-    yield client
-    assert not upstream.posts
-    assert client.balance == before
 
 
 def assert_named(api: Api, answer: Any, member: str) -> None:

@@ -1,21 +1,19 @@
 """The Responses API: what its usage costs, how its errors look, and that nothing is stored."""
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.support.api_calls import RESPONSES, last_event, responses_break, responses_request
-from tests.support.api_upstreams import AnswersByPath, AnswersResponses, GoesSilent, HangsUp, SaysWhatFailed, named
+from tests.support.api_calls import RESPONSES, responses_request
+from tests.support.api_upstreams import AnswersByPath, AnswersResponses, named
 from tests.support.books import assert_books
 from tests.support.client import QUESTION, QUESTION_ESTIMATE
 from tests.support.errors import assert_error
 from tests.support.misbehaviours import Fails, ResetsBeforeHeaders, SendsEvents, StallsBeforeFirstByte
 from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
-from tests.support.waiting import wait_until
 
 MakeKey = Callable[..., Account]
 INPUT_TOKENS = f"{RESPONSES}/input_tokens"
@@ -212,70 +210,13 @@ def test_an_upstreams_error_passes_with_its_body(
     assert_books(proxy, account, credits=100)
 
 
-@pytest.mark.parametrize("body", [b"404 page not found", {"detail": "Not Found"}])
-def test_an_upstream_that_does_not_speak_the_api_is_named(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey, body: Any
-) -> None:
-    """llama-cpp-python, and many another."""
-    account = funded_key(credits=100)
-    upstream.behaviour = Fails(404, body)
-    answer = proxy.client(account.key).post(RESPONSES, responses_request())
-    assert answer.status == 404
-    assert "main" in answer.error["message"] and "responses" in answer.error["message"]
-    assert_books(proxy, account, credits=100)
-
-
-def test_a_break_is_told_in_an_event_that_the_sdk_raises(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
-) -> None:
-    account = funded_key(credits=1000)
-    upstream.behaviour = HangsUp(AnswersResponses(tokens=2))
-    answer = proxy.client(account.key).post(RESPONSES, responses_request(stream=True))
-    assert responses_break(answer) == "upstream_error"
-    assert answer.body.startswith(bytes(upstream.posts[0].sent))
-    upstream.behaviour = GoesSilent(AnswersResponses(tokens=2))
-    answer = proxy.client(account.key).post(RESPONSES, responses_request(model="impatient", stream=True))
-    assert responses_break(answer) == "upstream_timeout"
-    assert_books(proxy, account, credits=1000 - 2 * (QUESTION_ESTIMATE + 2))
-
-
-FLAT = {"type": "error", "code": "server_error", "message": "the engine died", "param": None, "sequence_number": 9}
-NESTED = {"type": "error", "error": {"type": "server_error", "message": "the engine died", "code": None}}
-
-
-@pytest.mark.parametrize("event", [FLAT, NESTED], ids=["flat", "nested"])
-def test_an_upstreams_error_event_passes_as_it_is_and_counts_as_broken(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey, event: dict[str, Any]
-) -> None:
-    account = funded_key(credits=1000)
-    upstream.behaviour = SaysWhatFailed(AnswersResponses(tokens=2), named(event))
-    answer = proxy.client(account.key).post(RESPONSES, responses_request(stream=True))
-    assert answer.body.startswith(bytes(upstream.posts[0].sent)) and not answer.clean
-    assert last_event(answer)[1] == event, "theirs is the only one"
-    assert_books(proxy, account, credits=1000 - QUESTION_ESTIMATE - 2)
-
-
-def test_the_end_of_the_credits_is_told_in_an_event_that_the_sdk_raises(
-    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
-) -> None:
-    account = funded_key(credits=200)
-    upstream.behaviour = AnswersResponses(tokens=5000, word="a ", honours_maximum=False)
-    answer = proxy.client(account.key).post(RESPONSES, responses_request(stream=True))
-    assert responses_break(answer) == "insufficient_credits"
-    error = last_event(answer)[1]["error"]
-    assert (error["status"], error["type"]) == (402, "insufficient_credits")
-    shown = proxy.wait_until_settled(account)
-    assert -20 < shown["credits"] < 20
-    assert_books(proxy, account, credits=shown["credits"])
-
-
 # -- Counting tokens
 
 
+@pytest.mark.usefixtures("early_in_a_minute")
 def test_counting_tokens_is_free_and_counts_as_a_request(
     proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
 ) -> None:
-    wait_until(lambda: time.time() % 60 < 55, "the next minute begins")
     upstream.behaviour = AnswersByPath(prompt_tokens=44)
     account = funded_key(credits=0, tier="two-a-minute")
     client = proxy.client(account.key)

@@ -5,20 +5,23 @@ from typing import Any
 
 import pytest
 
-from tests.support.api_calls import MESSAGES, MESSAGES_API, RESPONSES_API, Api
+from tests.support.api_calls import MESSAGES, MESSAGES_API, RESPONSES_API, Api, last_event
 from tests.support.api_upstreams import (
     AnswersMessages,
     AnswersResponses,
     EndsInMidAir,
+    GoesSilent,
     HangsUp,
     HangsUpMidEvent,
     KeepsTheLineOpen,
+    SaysWhatFailed,
     Speaks,
+    named,
 )
 from tests.support.books import assert_audit, assert_books
 from tests.support.client import QUESTION_ESTIMATE
 from tests.support.process import Account, RunningProxy
-from tests.support.sse import event_data
+from tests.support.sse import event_data, sse
 from tests.support.upstream import FakeUpstream
 from tests.support.waiting import CLOSED_SECONDS
 
@@ -212,6 +215,81 @@ def test_a_stream_without_its_closing_event_is_broken_and_what_came_is_charged(
     words = [event for event in answer.events if b"delta" in event.splitlines()[0] and b'"word"' in event]
     assert len(words) == 2 and all(isinstance(event_data(event), dict) for event in answer.events)
     assert_books(proxy, account, credits=1000 - prompt - 2)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "model", "code"),
+    [(HangsUp, "plain", "upstream_error"), (GoesSilent, "impatient", "upstream_timeout")],
+    ids=["hangs up", "goes silent"],
+)
+@pytest.mark.parametrize(("api", "prompt"), CUT)
+def test_a_break_is_told_in_the_apis_own_event(
+    proxy: RunningProxy,
+    upstream: FakeUpstream,
+    funded_key: MakeKey,
+    api: Api,
+    prompt: int,
+    behaviour: Any,
+    model: str,
+    code: str,
+) -> None:
+    account = funded_key(credits=1000)
+    upstream.behaviour = behaviour(upstream_of(api, tokens=2))
+    answer = api.ask(proxy.client(account.key), model=model, stream=True)
+    assert api.broken_off(answer) == code
+    assert answer.body.startswith(bytes(upstream.posts[0].sent))
+    assert_books(proxy, account, credits=1000 - prompt - 2)
+
+
+OVERLOADED = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+FLAT = {"type": "error", "code": "server_error", "message": "the engine died", "param": None, "sequence_number": 9}
+NESTED = {"type": "error", "error": {"type": "server_error", "message": "the engine died", "code": None}}
+
+
+@pytest.mark.parametrize(
+    ("api", "prompt", "error", "encode"),
+    [
+        pytest.param(MESSAGES_API, PROMPT, OVERLOADED, named, id="messages"),
+        pytest.param(MESSAGES_API, PROMPT, OVERLOADED, sse, id="messages, without a name"),
+        pytest.param(RESPONSES_API, QUESTION_ESTIMATE, FLAT, named, id="responses, flat"),
+        pytest.param(RESPONSES_API, QUESTION_ESTIMATE, NESTED, named, id="responses, nested"),
+    ],
+)
+def test_an_upstreams_error_event_passes_as_it_is_and_counts_as_broken(
+    proxy: RunningProxy,
+    upstream: FakeUpstream,
+    funded_key: MakeKey,
+    api: Api,
+    prompt: int,
+    error: dict[str, Any],
+    encode: Callable[[Any], bytes],
+) -> None:
+    account = funded_key(credits=1000)
+    upstream.behaviour = SaysWhatFailed(upstream_of(api, tokens=2), encode(error))
+    answer = api.ask(proxy.client(account.key), stream=True)
+    assert answer.body.startswith(bytes(upstream.posts[0].sent)) and not answer.clean
+    assert last_event(answer)[1] == error, "theirs is the only one"
+    assert_books(proxy, account, credits=1000 - prompt - 2)
+
+
+@pytest.mark.parametrize(
+    ("api", "members", "kind"),
+    [
+        pytest.param(MESSAGES_API, {"max_tokens": 5000}, "billing_error", id="messages"),
+        pytest.param(RESPONSES_API, {}, "insufficient_credits", id="responses"),
+    ],
+)
+def test_the_end_of_the_credits_is_told_in_the_apis_own_event(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey, api: Api, members: dict[str, Any], kind: str
+) -> None:
+    account = funded_key(credits=200)
+    upstream.behaviour = upstream_of(api, tokens=5000, word="a ", honours_maximum=False)
+    answer = api.ask(proxy.client(account.key), stream=True, **members)
+    assert api.broken_off(answer) == "insufficient_credits"
+    assert last_event(answer)[1]["error"]["type"] == kind
+    shown = proxy.wait_until_settled(account)
+    assert_books(proxy, account, credits=shown["credits"])
+    assert -20 < shown["credits"] < 20
 
 
 @pytest.mark.parametrize("api", APIS)

@@ -328,3 +328,20 @@ def test_a_token_count_of_cached_prompts_stays_free(house: Any) -> None:
     answer = proxy.client(account.key).post(f"{MESSAGES}/count_tokens", {"model": "plain", "messages": ASKED})
     assert answer.status == 200
     assert_books(proxy, account, credits=0)
+
+
+# -- Upstreams that do not speak the API
+
+
+@pytest.mark.parametrize("body", [b"404 page not found", {"detail": "Not Found"}])
+@pytest.mark.parametrize("api", APIS)
+def test_an_upstream_that_does_not_speak_the_api_is_named(
+    proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey, api: Api, body: Any
+) -> None:
+    """llama-cpp-python, and many another."""
+    account = funded_key(credits=100)
+    upstream.behaviour = Fails(404, body)
+    answer = api.ask(proxy.client(account.key))
+    api.assert_refused(answer, 404, "upstream_refused")
+    assert "main" in (message := answer.json()["error"]["message"]) and api.path.rpartition("/")[2] in message
+    assert_books(proxy, account, credits=100)

@@ -27,7 +27,6 @@ from tests.support.waiting import Signal
 
 FOLDER = Path(__file__).parent / "data" / "captures"
 SMALL_BYTES = 1500
-CREDITS = 1_000_000.0
 EMPTY_CHOICE = {
     "chat/completions": b'{"index":0,"delta":{},"finish_reason":null}',
     "completions": b'{"index":0,"text":"","logprobs":null,"finish_reason":null}',
@@ -219,19 +218,6 @@ def ways_to_send(capture: Capture) -> dict[str, list[bytes]]:
     return ways
 
 
-@pytest.fixture(scope="module")
-def one_account(shared: Any) -> Account:
-    made: Account = shared.proxy.add_account(CREDITS)
-    return made
-
-
-@pytest.fixture
-def account(proxy: RunningProxy, one_account: Account) -> Account:
-    """One account for all: its credits are what is left after the captures so far."""
-    one_account.credits = proxy.client(one_account.key).balance
-    return one_account
-
-
 def replay(proxy: RunningProxy, key: str, capture: Capture, packets: list[bytes], asks: bool) -> Response:
     behaviour = Replays(capture, packets)
     proxy.upstream.behaviour = behaviour
@@ -307,11 +293,11 @@ def without_empty_choice(chunks: list[Any]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def clients(shared: Any, one_account: Account) -> Iterator[tuple[openai.OpenAI, openai.OpenAI]]:
+def clients(shared: Any, payer: Account) -> Iterator[tuple[openai.OpenAI, openai.OpenAI]]:
     """The official client, straight to the server of the captures, and through the proxy."""
     proxy: RunningProxy = shared.proxy
     direct = openai.OpenAI(base_url=proxy.upstream.url, api_key="any", max_retries=0, timeout=20)
-    with direct, proxy.openai(one_account.key) as through:
+    with direct, proxy.openai(payer.key) as through:
         yield direct, through
 
 

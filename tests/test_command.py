@@ -23,6 +23,7 @@ from tests.support.process import RunningProxy
 from tests.support.upstream import FakeUpstream
 
 ECHO = {"echo": {"builtin": "echo"}}
+NOBODY = {"base_url": "http://127.0.0.1:1/v1"}
 FREE_CREDITS = {"amount": 1000, "days": 30}
 
 
@@ -85,12 +86,17 @@ def test_a_second_start_prints_no_key_and_creates_nobody(fresh: RunningProxy) ->
     assert [account["account"] for account in fresh.command("account", "list")] == ["owner"]
 
 
-def test_start_up_says_of_each_upstream_how_it_is(running_proxy: Callable[..., RunningProxy]) -> None:
-    off = {"base_url": "http://127.0.0.1:1/v1", "api_key": "${NOT_SET_ANYWHERE}"}
-    proxy = running_proxy(upstreams={"absent": {"base_url": "http://127.0.0.1:1/v1"}, "off": off})
-    proxy.wait_for_line(r"\babsent\b.*127\.0\.0\.1:1\b|127\.0\.0\.1:1\b.*\babsent\b")
-    proxy.wait_for_line(r"\boff\b.*NOT_SET_ANYWHERE")
-    proxy.wait_for_line(r"\bmain\b")
+@pytest.fixture(scope="module")
+def patchy(module_proxy: Callable[..., RunningProxy]) -> RunningProxy:
+    """A proxy with an upstream that answers, one that does not run, and one whose key is not set."""
+    off = {**NOBODY, "api_key": "${NOT_SET_ANYWHERE}"}
+    return module_proxy(upstreams={"absent": NOBODY, "off": off}, models={"far": {"tier": "one", "upstream": "absent"}})
+
+
+def test_start_up_says_of_each_upstream_how_it_is(patchy: RunningProxy) -> None:
+    patchy.wait_for_line(r"\babsent\b.*127\.0\.0\.1:1\b|127\.0\.0\.1:1\b.*\babsent\b")
+    patchy.wait_for_line(r"\boff\b.*NOT_SET_ANYWHERE")
+    patchy.wait_for_line(r"\bmain\b")
 
 
 def test_serve_is_what_happens_without_a_command(config: Path) -> None:
@@ -105,13 +111,13 @@ def test_serve_is_what_happens_without_a_command(config: Path) -> None:
 # -- accounts, keys, credits
 
 
-def test_a_new_account_gets_a_key_and_the_free_credits(config: Path) -> None:
+def test_a_new_account_gets_a_key_and_the_free_credits(config: Path, commands: CommandServer) -> None:
     done = run_program(config, "account", "add", "ada", "--credits", "250", "--tier", "two-keys", "--json")
     made = json.loads(done.stdout)
     assert set(made) >= {"account", "tier", "credits", "key", "key_id"}
     assert (made["account"], made["tier"], made["credits"]) == ("ada", "two-keys", 1250)
     assert keys_in(made["key"]) == [made["key"]]
-    shown = json.loads(run_program(config, "account", "show", "ada", "--json").stdout)
+    shown = json.loads(commands.run("--config", str(config), "account", "show", "ada", "--json").stdout)
     assert (shown["free"], shown["paid"], shown["credits"], shown["held"]) == (1000, 250, 1250, 0)
     assert shown["free_expires_at"] and shown["status"] and shown["keys"] == 1
 
@@ -337,15 +343,15 @@ def test_a_port_in_use_takes_one_sentence(tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
 
 
-def test_a_database_of_a_newer_version_is_refused(config: Path) -> None:
-    assert run_program(config, "account", "add", "ada").returncode == 0
+def test_a_database_of_a_newer_version_is_refused(config: Path, commands: CommandServer) -> None:
+    assert commands.run("--config", str(config), "account", "add", "ada").returncode == 0
     database = sqlite3.connect(config.parent / "proxy.db")
     (version,) = database.execute("PRAGMA user_version").fetchone()
     database.execute("PRAGMA user_version = 4711")
     database.close()
-    for command in ("serve", "audit", "check"):
-        done = run_program(config, command)
-        assert done.returncode in (1, 2), (command, done.returncode)
+    ways = [run_program(config, "serve"), *(commands.run("--config", str(config), word) for word in ("audit", "check"))]
+    for done in ways:
+        assert done.returncode in (1, 2), done
         assert "4711" in done.stderr + done.stdout and "Traceback" not in done.stderr
     assert version > 0
 
@@ -363,29 +369,19 @@ def test_keys_are_never_on_disk_in_clear(fresh: RunningProxy, fake_upstream: Cal
     assert QUESTION not in fresh.output, "prompts are never logged"
 
 
-def test_check_names_an_upstream_that_does_not_answer(
-    running_proxy: Callable[..., RunningProxy],
-) -> None:
-    off = {"base_url": "http://127.0.0.1:1/v1", "api_key": "${NOT_SET_ANYWHERE}"}
-    healthy = running_proxy(upstreams={"off": off})
-    done = healthy.run("check")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "main" in done.stdout and "NOT_SET_ANYWHERE" in done.stdout
-    absent = {"base_url": "http://127.0.0.1:1/v1", "api_key": "a key says that it ought to be there"}
-    broken = running_proxy(upstreams={"absent": absent}).run("check")
+def test_check_names_an_upstream_that_does_not_answer(tmp_path: Path, commands: CommandServer) -> None:
+    absent = {**NOBODY, "api_key": "a key says that it ought to be there"}
+    config = write_files(tmp_path, {**OPTIONS, "upstreams": {**ECHO, "absent": absent}}, MODELS)
+    broken = commands.run("--config", str(config), "check")
     assert broken.returncode == 1 and re.search(r"FAIL upstream absent: .*not reachable", broken.stdout)
 
 
-def test_check_lists_a_server_of_this_machine_that_does_not_run_as_off(
-    running_proxy: Callable[..., RunningProxy],
-) -> None:
-    absent = {"absent": {"base_url": "http://127.0.0.1:1/v1"}}
-    proxy = running_proxy(upstreams=absent, models={"far": {"tier": "one", "upstream": "absent"}})
-    done = proxy.run("check")
-    assert done.returncode == 0, done.stdout
-    assert re.search(r"upstream absent: off", done.stdout) and re.search(
-        r"models that are off.*: .*\bfar\b", done.stdout
-    )
+def test_check_lists_a_server_of_this_machine_that_does_not_run_as_off(patchy: RunningProxy) -> None:
+    done = patchy.run("check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "main" in done.stdout and "NOT_SET_ANYWHERE" in done.stdout
+    assert re.search(r"upstream absent: off", done.stdout)
+    assert re.search(r"models that are off.*: .*\bfar\b", done.stdout)
 
 
 class CountsOneChoice(Answers):
@@ -416,9 +412,10 @@ def test_check_learns_how_an_upstream_counts(
     assert not re.search(r"upstream main: .*(usage_of|usage_in_stream)", done.stdout), "one that counts as it should"
 
 
-def test_audit_fails_on_books_that_somebody_cooked(config: Path) -> None:
+def test_audit_fails_on_books_that_somebody_cooked(config: Path, commands: CommandServer) -> None:
     """A grant that no balance knows of. The only test that knows a table."""
-    assert run_program(config, "account", "add", "ada").returncode == run_program(config, "audit").returncode == 0
+    assert commands.run("--config", str(config), "account", "add", "ada").returncode == 0
+    assert commands.run("--config", str(config), "audit").returncode == 0
     cooked = "INSERT INTO credit_grant (account_id, kind, amount, created_at) SELECT id, 'paid', 1000, 0 FROM account"
     database = sqlite3.connect(config.parent / "proxy.db")
     assert database.execute(cooked).rowcount == 1

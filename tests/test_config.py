@@ -12,31 +12,7 @@ import yaml
 
 from tests.support.commands import CommandServer, run_program
 from tests.support.process import RunningProxy
-
-CONFIG = """\
-listen: 127.0.0.1:0
-database: proxy.db
-models: models.yaml
-free_credits: {amount: 1000, days: 30}
-default_tier: free
-tiers:
-  free: {requests_per_minute: 10, parallel: 4, keys: 1}
-  unlimited: {}
-upstreams:
-  echo: {builtin: echo}
-  ollama: {base_url: http://127.0.0.1:11434/v1}
-"""
-
-MODELS = """\
-owned_by: somebody
-tiers:
-  lightweight: {multiplier: 0.5, title: Light}
-  mid: {multiplier: 1.5, title: Mid}
-models:
-  echo: {tier: lightweight, upstream: echo}
-  llama3.2:3b: {tier: lightweight, upstream: ollama, aliases: [llama]}
-  qwen:7b: {tier: mid, upstream: [ollama, echo]}
-"""
+from tests.support.typed_files import CONFIG, MODELS, type_files
 
 
 @pytest.fixture
@@ -44,13 +20,9 @@ def checked(tmp_path: Path, commands: CommandServer) -> Callable[..., Any]:
     """Runs `check` on these files, in a folder that was in use before the mistake."""
 
     def run(config: str = CONFIG, models: str = MODELS) -> Any:
-        path = tmp_path / "config.yaml"
-        path.write_text(CONFIG)
-        (tmp_path / "models.yaml").write_text(MODELS)
+        path = type_files(tmp_path)
         assert commands.run("--config", str(path), "account", "add", "ada").returncode == 0
-        path.write_text(config)
-        (tmp_path / "models.yaml").write_text(models)
-        return commands.run("--config", str(path), "check")
+        return commands.run("--config", str(type_files(tmp_path, config, models)), "check")
 
     return run
 
@@ -84,8 +56,8 @@ CONFIG_MISTAKES = {
     "an unknown builtin": ("builtin: echo", "builtin: ecko", ["builtin", "echo"]),
     "no port to listen on": ("listen: 127.0.0.1:0", "listen: localhost", ["listen"]),
     "a port that is none": ("listen: 127.0.0.1:0", "listen: 127.0.0.1:99999", ["listen"]),
-    "a base_url that is none": ("http://127.0.0.1:11434/v1", "127.0.0.1", ["base_url", "http"]),
-    "an unknown log format": ("models: models.yaml", "models: models.yaml\nlog: xml", ["log", "text", "json"]),
+    "a base_url that is none": ("http://127.0.0.1:1/v1", "127.0.0.1", ["base_url", "http"]),
+    "an unknown log format": ("log: text", "log: xml", ["log", "text", "json"]),
     "an unknown metrics": ("models: models.yaml", "models: models.yaml\nmetrics: on", ["metrics", "loopback"]),
 }
 
@@ -168,24 +140,20 @@ def test_a_file_that_is_no_yaml_mapping_is_named(checked: Callable[..., Any], na
 
 @pytest.mark.parametrize("name", ["config.yaml", "models.yaml"])
 def test_an_absent_file_is_named(tmp_path: Path, commands: CommandServer, name: str) -> None:
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    (tmp_path / "models.yaml").write_text(MODELS)
+    path = type_files(tmp_path)
     (tmp_path / name).unlink()
-    assert_explained(commands.run("--config", str(tmp_path / "config.yaml"), "check"), re.escape(name))
+    assert_explained(commands.run("--config", str(path), "check"), re.escape(name))
 
 
 def test_serve_refuses_what_check_refuses(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(CONFIG.replace("listen:", "lisen:"))
-    (tmp_path / "models.yaml").write_text(MODELS)
-    done = run_program(tmp_path / "config.yaml", "serve")
+    done = run_program(type_files(tmp_path, CONFIG.replace("listen:", "lisen:")), "serve")
     assert_explained(done, r"config\.yaml", "lisen")
     assert done.stdout == "" and not (tmp_path / "proxy.db").exists()
 
 
 def test_a_mistake_is_found_before_the_first_start(tmp_path: Path, commands: CommandServer) -> None:
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    (tmp_path / "models.yaml").write_text(MODELS.replace("{tier: mid,", "{tier: midd,"))
-    done = commands.run("--config", str(tmp_path / "config.yaml"), "check")
+    path = type_files(tmp_path, models=MODELS.replace("{tier: mid,", "{tier: midd,"))
+    done = commands.run("--config", str(path), "check")
     assert_explained(done, r"models\.yaml", "midd")
 
 
@@ -197,12 +165,11 @@ def test_metrics_may_be_off(running_proxy: Callable[..., RunningProxy]) -> None:
 
 def test_the_shortest_config_works(tmp_path: Path, commands: CommandServer) -> None:
     """What is absent has a default."""
-    (tmp_path / "config.yaml").write_text(
-        "listen: 127.0.0.1:0\ntiers: {free: {}}\nupstreams: {echo: {builtin: echo}}\n"
-    )
-    (tmp_path / "models.yaml").write_text("tiers: {t: {multiplier: 1}}\nmodels: {echo: {tier: t, upstream: echo}}\n")
+    config = "listen: 127.0.0.1:0\ntiers: {free: {}}\nupstreams: {echo: {builtin: echo}}\n"
+    models = "tiers: {t: {multiplier: 1}}\nmodels: {echo: {tier: t, upstream: echo}}\n"
+    path = type_files(tmp_path, config, models)
     for command in (["account", "add", "ada"], ["check"]):
-        done = commands.run("--config", str(tmp_path / "config.yaml"), *command)
+        done = commands.run("--config", str(path), *command)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -241,8 +208,6 @@ def test_an_unset_or_empty_variable_turns_its_upstream_off(
 def test_paths_are_relative_to_the_config_file(tmp_path: Path, commands: CommandServer) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    (folder / "config.yaml").write_text(CONFIG)
-    (folder / "models.yaml").write_text(MODELS)
-    done = commands.run("--config", os.path.relpath(folder / "config.yaml"), "account", "add", "ada")
+    done = commands.run("--config", os.path.relpath(type_files(folder)), "account", "add", "ada")
     assert done.returncode == 0, done.stderr
     assert (folder / "proxy.db").exists()

@@ -2,20 +2,17 @@
 
 import re
 import sqlite3
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.support.books import assert_audit
 from tests.support.console import (
-    CONSOLE,
     PASSWORD,
     Visitor,
     by_id,
     error_of,
     link_in,
-    quick_passwords,
     text,
     value_of,
     went_to,
@@ -36,19 +33,6 @@ HOSTILE = [
 ]
 
 on_sqlite = pytest.mark.skipif(POSTGRES, reason="looks into the file of SQLite")
-
-
-@pytest.fixture(scope="module")
-def site(module_proxy: Callable[..., RunningProxy], tmp_path_factory: pytest.TempPathFactory) -> RunningProxy:
-    return module_proxy(
-        {"console": CONSOLE, "free_credits": {"amount": 1000, "days": 30}},
-        environment=quick_passwords(tmp_path_factory.mktemp("site")),
-    )
-
-
-@pytest.fixture
-def visitor(site: RunningProxy) -> Visitor:
-    return Visitor(site)
 
 
 def test_whoever_registers_is_signed_in_with_the_free_credits(site: RunningProxy, visitor: Visitor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.books import assert_audit
-from tests.support.console import CONSOLE, Visitor, by_id, error_of, quick_passwords, text, value_of, went_to
+from tests.support.console import Visitor, by_id, error_of, start_site, text, value_of, went_to
 from tests.support.errors import assert_error
 from tests.support.process import RunningProxy
 from tests.support.waiting import wait_until
@@ -20,10 +20,7 @@ FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\u202e=1"]
 
 @pytest.fixture(scope="module")
 def site(module_proxy: Callable[..., RunningProxy], tmp_path_factory: pytest.TempPathFactory) -> RunningProxy:
-    return module_proxy(
-        {"console": CONSOLE, "free_credits": {"amount": 1000, "days": 30}, "default_tier": "unlimited"},
-        environment=quick_passwords(tmp_path_factory.mktemp("site")),
-    )
+    return start_site(module_proxy, tmp_path_factory.mktemp("site"), default_tier="unlimited")
 
 
 @pytest.fixture(scope="module")

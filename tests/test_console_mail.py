@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.console import CONSOLE, PASSWORD, Visitor, link_in, quick_passwords, text, went_to
+from tests.support.console import CONSOLE, PASSWORD, Visitor, link_in, start_site, text, went_to
 from tests.support.files import TODAY, catalog, write_yaml
 from tests.support.process import RunningProxy
 from tests.support.waiting import wait_until
@@ -63,10 +63,7 @@ def site(
 ) -> RunningProxy:
     mail = {"host": "127.0.0.1", "port": postbox[1], "from": "llm@example.com", "tls": "none"}
     console = {**CONSOLE, "url": "http://llm.example.com", "mail": mail}
-    return module_proxy(
-        {"console": console, "free_credits": {"amount": 1000, "days": 30}},
-        environment=quick_passwords(tmp_path_factory.mktemp("site")),
-    )
+    return start_site(module_proxy, tmp_path_factory.mktemp("site"), console)
 
 
 def body(message: EmailMessage) -> str:

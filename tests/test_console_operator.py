@@ -16,7 +16,7 @@ from tests.support.console import (
     error_of,
     link_in,
     make_operator,
-    quick_passwords,
+    start_site,
     text,
     value_of,
     went_to,
@@ -26,9 +26,11 @@ from tests.support.process import RunningProxy
 
 @pytest.fixture(scope="module")
 def site(module_proxy: Callable[..., RunningProxy], tmp_path_factory: pytest.TempPathFactory) -> RunningProxy:
-    return module_proxy(
-        {"console": {**CONSOLE, "registration": "closed"}, "free_credits": {"amount": 100, "days": 30}},
-        environment=quick_passwords(tmp_path_factory.mktemp("site")),
+    return start_site(
+        module_proxy,
+        tmp_path_factory.mktemp("site"),
+        {**CONSOLE, "registration": "closed"},
+        free_credits={"amount": 100, "days": 30},
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from extras.console import chart, config, docs, guard, passwords, show
 from proxy import CODES, ConfigError, load_config
 from tests.support.commands import run_program
-from tests.support.console import CONSOLE, PASSWORD, Visitor, link_in, quick_passwords, text, went_to
+from tests.support.console import CONSOLE, PASSWORD, Visitor, link_in, text, went_to
 from tests.support.errors import assert_error
 from tests.support.files import MODELS, write_files
 from tests.support.process import RunningProxy
@@ -26,19 +26,6 @@ POLICY = (
     "frame-ancestors 'none'; base-uri 'none'"
 )
 PUBLIC = ["/", "/models", "/docs", "/register", "/login"]
-
-
-@pytest.fixture(scope="module")
-def site(module_proxy: Callable[..., RunningProxy], tmp_path_factory: pytest.TempPathFactory) -> RunningProxy:
-    return module_proxy(
-        {"console": CONSOLE, "free_credits": {"amount": 1000, "days": 30}},
-        environment=quick_passwords(tmp_path_factory.mktemp("site")),
-    )
-
-
-@pytest.fixture
-def visitor(site: RunningProxy) -> Visitor:
-    return Visitor(site)
 
 
 @pytest.mark.parametrize("path", [*PUBLIC, "/nothing", "/admin", "/link/x", "/style.css"])

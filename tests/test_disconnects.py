@@ -15,6 +15,7 @@ from tests.support.exchange import Exchange
 from tests.support.misbehaviours import (
     StallsBeforeFirstByte,
     StallsBeforeHeaders,
+    UsageComesLate,
 )
 from tests.support.process import Account, RunningProxy
 from tests.support.sse import sse
@@ -72,22 +73,11 @@ def test_leaving_after_the_finish_reason_still_costs_the_exact_usage(
     proxy: RunningProxy, upstream: FakeUpstream, funded_key: MakeKey
 ) -> None:
     account = funded_key(credits=1000)
-    resume = Signal()
-
-    async def usage_comes_late(exchange: Exchange) -> None:
-        answers = Answers(tokens=4, prompt_tokens=40)
-        await exchange.head()
-        await answers.send_tokens(exchange)
-        await exchange.send(answers.finish(exchange))
-        await resume.happened()
-        await exchange.send(answers.closing_usage(exchange) + sse(b"[DONE]"))
-        await exchange.end()
-
-    upstream.behaviour = usage_comes_late
+    upstream.behaviour = late = UsageComesLate(tokens=4, prompt_tokens=40)
     with proxy.client(account.key).stream_chat() as stream:
         stream.read_until(b'"finish_reason": "stop"')
         stream.leave()
-        resume.set()
+        late.resume.set()
     proxy.wait_until_settled(account)
     assert_books(proxy, account, credits=1000 - 44)
 
@@ -98,26 +88,14 @@ def test_leaving_just_as_the_usage_comes_costs_the_exact_usage(
 ) -> None:
     """The proxy finds both at once: a read that bears the usage, and nobody to send it to."""
     account = funded_key(credits=1000)
-    resume, sent = Signal(), Signal()
-
-    async def usage_comes_late(exchange: Exchange) -> None:
-        answers = Answers(tokens=4, prompt_tokens=40)
-        await exchange.head()
-        await answers.send_tokens(exchange)
-        await exchange.send(answers.finish(exchange))
-        await resume.happened()
-        await exchange.send(answers.closing_usage(exchange) + sse(b"[DONE]"))
-        sent.set()
-        await exchange.end()
-
-    upstream.behaviour = usage_comes_late
+    upstream.behaviour = late = UsageComesLate(tokens=4, prompt_tokens=40)
     with proxy.client(account.key).stream_chat() as stream:
         stream.read_until(b'"finish_reason": "stop"')
         proxy.process.send_signal(signal.SIGSTOP)
         try:
             stream.leave()
-            resume.set()
-            sent.wait()
+            late.resume.set()
+            late.sent.wait()
             time.sleep(0.05)  # both are in the proxy's sockets
         finally:
             proxy.process.send_signal(signal.SIGCONT)
@@ -185,7 +163,7 @@ def test_a_client_that_does_not_read_slows_the_upstream_and_hinders_nobody(
     with proxy.client(account.key).stream_chat(max_tokens=100_000_000) as stream:
         sent = upstream.next_exchange().sent
         sizes: list[int] = []
-        wait_until(lambda: sizes.append(len(sent)) or sizes[-25:].count(len(sent)) == 25, "the upstream waits", 60)
+        wait_until(lambda: sizes.append(len(sent)) or sizes[-100:].count(len(sent)) == 100, "the upstream waits", 60)
         assert len(sent) < 50_000_000
         assert proxy.client(account.key).chat(model="echo").status == 200
         stream.leave()

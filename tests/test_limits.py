@@ -13,16 +13,9 @@ from tests.support.errors import assert_error
 from tests.support.misbehaviours import Fails, StallsBeforeHeaders
 from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
-from tests.support.waiting import wait_until
 
 MakeKey = Callable[..., Account]
 MakeProxy = Callable[..., RunningProxy]
-
-
-@pytest.fixture
-def early_in_a_minute() -> None:
-    """The window is the UTC minute: a test that counts must not meet its end."""
-    wait_until(lambda: time.time() % 60 < 55, "the next minute begins")
 
 
 def limits(answer: Response) -> tuple[str | None, str | None]:

@@ -16,6 +16,7 @@ from tests.support.attackers import bare_proxy, free_port, pipe_without_reader, 
 from tests.support.client import chat_request
 from tests.support.commands import PROXY, CommandServer
 from tests.support.process import RunningProxy
+from tests.support.typed_files import type_files
 from tests.support.waiting import WAIT_SECONDS
 
 pytestmark = pytest.mark.long
@@ -23,38 +24,11 @@ pytestmark = pytest.mark.long
 MakeProxy = Callable[..., RunningProxy]
 CHAT = "/v1/chat/completions"
 
-CONFIG = """\
-listen: 127.0.0.1:0
-database: proxy.db
-models: models.yaml
-free_credits: {amount: 1000, days: 30}
-default_tier: free
-max_body_mb: 32
-log: text
-tiers:
-  free: {requests_per_minute: 10, parallel: 4, keys: 2}
-  unlimited: {}
-upstreams:
-  echo: {builtin: echo}
-  main: {base_url: http://127.0.0.1:1/v1}
-"""
-
-MODELS = """\
-owned_by: somebody
-tiers:
-  light: {multiplier: 0.5, title: Light}
-models:
-  echo: {tier: light, upstream: echo}
-  other: {tier: light, upstream: main, created: 1700000000, context_window: 4096}
-"""
-
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder with both files and nothing else; returns the path of the config."""
-    (tmp_path / "models.yaml").write_text(MODELS)
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    return tmp_path / "config.yaml"
+    """The config in a folder with both files and nothing else."""
+    return type_files(tmp_path)
 
 
 def listening(home: Path) -> int:

@@ -15,7 +15,7 @@ from tests.support.books import assert_books
 from tests.support.client import chat_request
 from tests.support.errors import assert_error
 from tests.support.misbehaviours import Fails
-from tests.support.process import Account, RunningProxy, Shared
+from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
 from tests.support.waiting import WAIT_SECONDS
 
@@ -23,22 +23,6 @@ MakeKey = Callable[..., Account]
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 DOCUMENTED = {200, 400, 401, 402, 403, 404, 405, 410, 413, 422, 429, 500, 502, 503, 504}
-
-
-@pytest.fixture(scope="module")
-def payer(shared: Shared) -> Account:
-    """An account whose refused requests cost nothing; who is served in a test here says so."""
-    return shared.proxy.add_account(1_000_000)
-
-
-@pytest.fixture
-def untouched(proxy: RunningProxy, upstream: FakeUpstream, payer: Account) -> Any:
-    """After the test: no upstream was called and nothing was charged. The last test looks at the holds."""
-    client = proxy.client(payer.key)
-    before = client.balance
-    yield client
-    assert not upstream.posts
-    assert client.balance == before
 
 
 # -- Not JSON

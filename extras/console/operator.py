@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import proxy as core
 from extras import queries
+from extras.audit import prove_books
 from extras.console import accounts, guard, pages, people, show
 from extras.console.accounts import Rejected
 from extras.console.show import Answer
@@ -229,4 +230,4 @@ def requests(visit: Visit) -> Answer:
 
 
 def audit(visit: Visit) -> Answer:
-    return visit.render("admin_audit.html", audit=queries.audit(visit.db, visit.now), name=core.request_name)
+    return visit.render("admin_audit.html", audit=prove_books(visit.db, visit.now), name=core.request_name)

@@ -92,16 +92,21 @@ def chart(report: Mapping[str, dict[str, Cell]], subtitle: str) -> str:
     rows = -(-len(shown) // COLUMNS)
     width = COLUMNS * PANEL_WIDTH + (COLUMNS + 1) * MARGIN
     height = 76 + rows * panel_height + 8
-    drawn = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img" aria-label="What the proxy costs, next to other gateways">',
-        f"<style>{STYLE}</style>",
-        f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" class="page"/>',
-        text(MARGIN, 32, "What it costs: shorter is cheaper", "heading"),
-        text(MARGIN, 52, subtitle, "quiet"),
-    ]
+    drawn = []
     for place, measure in enumerate(shown):
         row, column = divmod(place, COLUMNS)
         x = MARGIN + column * (PANEL_WIDTH + MARGIN)
         drawn += panel(measure, report[measure.key], x, 76 + row * panel_height)
-    return "\n".join([*drawn, "</svg>", ""])
+    heading = (text(MARGIN, 32, "What it costs: shorter is cheaper", "heading"), text(MARGIN, 52, subtitle, "quiet"))
+    return page(width, height, "What the proxy costs, next to other gateways", STYLE, [*heading, *drawn])
+
+
+def page(width: float, height: float, label: str, style: str, drawn: list[str]) -> str:
+    """An image with a frame around what is drawn."""
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{label}">',
+        f"<style>{style}</style>",
+        f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" class="page"/>',
+    ]
+    return "\n".join([*lines, *drawn, "</svg>", ""])

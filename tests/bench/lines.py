@@ -6,7 +6,7 @@ Drawn like the bars of `chart.py`, and in their colours.
 import math
 from collections.abc import Callable
 
-from tests.bench.chart import MARGIN, PANEL_WIDTH, STYLE, text
+from tests.bench.chart import MARGIN, PANEL_WIDTH, STYLE, page, text
 from tests.bench.clients import CLIENTS, NUMBERS, Point, Rounds, medians
 from tests.bench.proxies import is_proxy
 from tests.bench.report import YARDSTICK, number
@@ -101,10 +101,6 @@ def chart(found: Rounds, subtitle: str) -> str:
     width = 2 * PANEL_WIDTH + 3 * MARGIN + RIGHT
     height = 76 + 2 * panel_height + 12
     drawn = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img" aria-label="Throughput, latency and CPU by the number of clients at once">',
-        f"<style>{STYLE}{MORE_STYLE}</style>",
-        f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" class="page"/>',
         text(MARGIN, 32, "Few and many at once: by the number of clients, each with one request at a time", "heading"),
         text(MARGIN, 52, subtitle, "quiet"),
     ]
@@ -112,4 +108,6 @@ def chart(found: Rounds, subtitle: str) -> str:
         row, column = divmod(place, 2)
         x = MARGIN + column * (PANEL_WIDTH + MARGIN + RIGHT / 2)
         drawn += panel(title, what, found, x, 76 + row * panel_height)
-    return "\n".join([*drawn, "</svg>", ""])
+    return page(
+        width, height, "Throughput, latency and CPU by the number of clients at once", STYLE + MORE_STYLE, drawn
+    )

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 import anthropic
-from common import BASE_URL, KEY, MAX_TOKENS, MODEL, QUESTION, check_refusals, print_versions
+from common import BASE_URL, CODES, KEY, MAX_TOKENS, MODEL, QUESTION, check_refusals, print_versions
 
 RAISES: dict[str, type[Exception]] = {
     "wrong key": anthropic.AuthenticationError,
@@ -15,13 +15,6 @@ RAISES: dict[str, type[Exception]] = {
     "unknown model": anthropic.NotFoundError,
     "rate limit": anthropic.RateLimitError,
     "upstream down": anthropic.InternalServerError,
-}
-CODES = {
-    401: "invalid_api_key",
-    402: "insufficient_credits",
-    404: "model_not_found",
-    429: "rate_limit_exceeded",
-    503: "upstream_unavailable",
 }
 TOOL = {
     "name": "get_weather",

@@ -24,6 +24,13 @@ MODEL = os.environ.get("PROXY_MODEL", "echo")
 EMBEDDING_MODEL = os.environ.get("PROXY_EMBEDDING_MODEL", "")
 QUESTION = "What is the capital of France? Answer in one sentence."
 MAX_TOKENS = 16
+CODES = {  # of a refusal, by its status
+    401: "invalid_api_key",
+    402: "insufficient_credits",
+    404: "model_not_found",
+    429: "rate_limit_exceeded",
+    503: "upstream_unavailable",
+}
 CLIENT_TRIES = 3  # an official client's first try and its two retries
 
 

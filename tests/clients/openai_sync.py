@@ -5,6 +5,7 @@ from typing import Any
 import openai
 from common import (
     BASE_URL,
+    CODES,
     EMBEDDING_MODEL,
     KEY,
     MAX_TOKENS,
@@ -20,13 +21,6 @@ RAISES: dict[str, type[Exception]] = {
     "unknown model": openai.NotFoundError,
     "rate limit": openai.RateLimitError,
     "upstream down": openai.InternalServerError,
-}
-CODES = {
-    401: "invalid_api_key",
-    402: "insufficient_credits",
-    404: "model_not_found",
-    429: "rate_limit_exceeded",
-    503: "upstream_unavailable",
 }
 
 

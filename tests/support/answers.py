@@ -8,8 +8,22 @@ from tests.support.sse import sse
 from tests.support.waiting import Signal
 
 
+class Pauses:
+    """Stops after so many tokens, until it may go on."""
+
+    pause_after: int | None  # None: never
+
+    def __post_init__(self) -> None:
+        self.reached, self.resume = Signal(), Signal()
+
+    async def pause(self, sent: int) -> None:
+        if self.pause_after == sent:
+            self.reached.set()
+            await self.resume.happened()
+
+
 @dataclass
-class Answers:
+class Answers(Pauses):
     """A server as it should be: honours the model, `stream`, `include_usage`, the maximum and `n`."""
 
     tokens: int = 3  # a choice, if the maximum allows as many
@@ -24,9 +38,6 @@ class Answers:
     pause_after: int | None = None  # wait for `resume` when this many tokens went out
     headers: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.reached, self.resume = Signal(), Signal()
-
     async def __call__(self, exchange: Exchange) -> None:
         if exchange.path.endswith("/embeddings"):
             await exchange.answer(self.embedding(exchange.json), headers=self.headers)
@@ -38,11 +49,6 @@ class Answers:
             await self.send_tokens(exchange)
             await self.send_closing(exchange)
             await exchange.end()
-
-    async def pause(self, sent: int) -> None:
-        if self.pause_after == sent:
-            self.reached.set()
-            await self.resume.happened()
 
     async def send_tokens(self, exchange: Exchange) -> None:
         """The events up to the last token."""

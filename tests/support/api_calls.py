@@ -19,6 +19,7 @@ TYPES = {  # of an error of the Messages API, by status
     503: "overloaded_error",
     504: "timeout_error",
 }
+BREAKS = {"upstream_error": 502, "upstream_timeout": 504, "insufficient_credits": 402, "shutting_down": 503}
 
 
 def messages_request(content: Any = QUESTION, model: str = "plain", **members: Any) -> dict[str, Any]:
@@ -96,8 +97,7 @@ def messages_break(answer: Response) -> str:
     assert data["request_id"] == answer.headers["x-request-id"]
     assert b"message_stop" not in answer.body and not answer.clean, "a broken stream must not look whole"
     code: str = data["error"]["details"]["error_code"]
-    statuses = {"upstream_error": 502, "upstream_timeout": 504, "insufficient_credits": 402, "shutting_down": 503}
-    messages_details(data["error"], statuses[code])
+    messages_details(data["error"], BREAKS[code])
     return code
 
 
@@ -108,4 +108,6 @@ def responses_break(answer: Response) -> str:
     assert not answer.clean, "a broken stream must not end cleanly"
     for closing in (b"response.completed", b"response.incomplete", b"response.failed"):
         assert closing not in answer.body, "a broken stream must not look whole"
-    return str(data["error"]["code"])
+    code = str(data["error"]["code"])
+    assert data["error"]["status"] == BREAKS[code], data
+    return code

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.answers import Answers
+from tests.support.answers import Answers, Pauses
 from tests.support.exchange import Exchange
-from tests.support.waiting import Signal
 
 
 def named(data: Mapping[str, Any], newline: bytes = b"\n") -> bytes:
@@ -21,7 +20,7 @@ def named(data: Mapping[str, Any], newline: bytes = b"\n") -> bytes:
 
 
 @dataclass
-class Speaks:
+class Speaks(Pauses):
     """What the two APIs have in common; the events themselves are a subclass's."""
 
     tokens: int = 3
@@ -36,9 +35,6 @@ class Speaks:
     honours_maximum: bool = True
     headers: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.reached, self.resume = Signal(), Signal()
-
     async def __call__(self, exchange: Exchange) -> None:
         if not exchange.is_stream:
             await self.pause(0)
@@ -48,11 +44,6 @@ class Speaks:
         await self.send_tokens(exchange)
         await self.send(exchange, *self.closing(exchange.json))
         await exchange.end()
-
-    async def pause(self, sent: int) -> None:
-        if self.pause_after == sent:
-            self.reached.set()
-            await self.resume.happened()
 
     async def send_tokens(self, exchange: Exchange) -> None:
         """The events up to the last token."""
@@ -220,79 +211,67 @@ class AnswersByPath:
 
 
 # --------------------------------------------------------------------------------------------------
-# Streams that have no end: each sends the tokens of its `answers`, and then
+# Streams that end badly, or not at all
 
 
 @dataclass
-class EndsInMidAir:
-    """a clean end of HTTP's, without the closing event."""
+class EndsBadly:
+    """Streams all tokens, and then does what it is named for."""
 
     answers: Speaks
 
     async def __call__(self, exchange: Exchange) -> None:
         await exchange.head()
         await self.answers.send_tokens(exchange)
+        await self.then(exchange)
+
+    async def then(self, exchange: Exchange) -> None:
+        raise NotImplementedError
+
+
+class EndsInMidAir(EndsBadly):
+    """All but the closing event, and a clean end."""
+
+    async def then(self, exchange: Exchange) -> None:
         await self.answers.send(exchange, *self.answers.closing(exchange.json)[:-1])
         await exchange.end()
 
 
-@dataclass
-class HangsUp:
-    """nothing: not even HTTP's end."""
+class HangsUp(EndsBadly):
+    """Nothing: not even HTTP's end."""
 
-    answers: Speaks
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await self.answers.send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
+        pass
 
 
-@dataclass
-class HangsUpMidEvent:
-    """half of the next one."""
+class HangsUpMidEvent(EndsBadly):
+    """Half of the next one."""
 
-    answers: Speaks
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await self.answers.send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
         await exchange.send(named(self.answers.token())[:-20])
 
 
-@dataclass
-class GoesSilent:
-    """silence, with the connection open."""
+class GoesSilent(EndsBadly):
+    """Silence, with the connection open."""
 
-    answers: Speaks
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await self.answers.send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
         await exchange.stall()
 
 
 @dataclass
-class SaysWhatFailed:
-    """an error event of its own, and a clean end."""
+class SaysWhatFailed(EndsBadly):
+    """An error event of its own, and a clean end."""
 
-    answers: Speaks
     event: bytes
 
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await self.answers.send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
         await exchange.send(self.event)
         await exchange.end()
 
 
-@dataclass
-class KeepsTheLineOpen:
-    """its closing event, and the connection stays open."""
+class KeepsTheLineOpen(EndsBadly):
+    """Its closing event, and the connection stays open."""
 
-    answers: Speaks
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await self.answers.send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
         await self.answers.send(exchange, *self.answers.closing(exchange.json))
         await exchange.stall()

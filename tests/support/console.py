@@ -4,7 +4,7 @@ import html
 import http.cookies
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -33,12 +33,13 @@ CONSOLE: dict[str, Any] = {
 }
 
 
-def quick_passwords(folder: Path) -> dict[str, str]:
-    """The environment of a proxy that hashes a password in a millisecond: a site's tests set and try hundreds."""
-    site = folder / "quick"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(QUICK)
-    return {"PYTHONPATH": str(site)}
+def start_site(
+    start: Callable[..., RunningProxy], folder: Path, console: Mapping[str, Any] = CONSOLE, **options: Any
+) -> RunningProxy:
+    """A console with free credits. It hashes a password in a millisecond: a site's tests set and try hundreds."""
+    (folder / "sitecustomize.py").write_text(QUICK)
+    options = {"free_credits": {"amount": 1000, "days": 30}, **options}
+    return start({"console": console, **options}, environment={"PYTHONPATH": str(folder)})
 
 
 class Visitor:

@@ -11,7 +11,7 @@ import itertools
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import proxy
+from extras import commands
 from tests.support.core_meter import Bill as Bill
 from tests.support.core_meter import delta, feed, new_meter, sse
 from tests.support.files import MODELS, OPTIONS, write_files
@@ -27,6 +28,7 @@ from tests.support.postgres import connected
 
 Refusal = proxy.Refusal
 CONNECT = proxy.connect
+PARSER = cache(commands.build_parser)  # which takes longer than most commands
 Verb = Callable[[Any, int], Any]  # of a database and its time
 NOW = proxy.now_ms()
 DAY = 86_400_000
@@ -131,6 +133,7 @@ def command(config: Any, *words: object, now: int | None = None) -> Done:
     arguments = ["--config", str(config.path), *map(str, words)]
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(commands, "build_parser", PARSER)
         if now is not None:
             patch.setattr(proxy, "connect", partial(connect_at, now))
         status = proxy.main(arguments)

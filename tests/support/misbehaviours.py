@@ -8,6 +8,7 @@ from typing import Any
 from tests.support.answers import Answers
 from tests.support.exchange import Exchange
 from tests.support.sse import sse
+from tests.support.waiting import Signal
 
 
 @dataclass
@@ -82,14 +83,24 @@ class StallsBeforeFirstByte:
 
 
 @dataclass
-class StallsMidStream:
-    """Some tokens, then silence with the connection open."""
+class BreaksBetweenEvents:
+    """Some tokens, then the connection ends without HTTP's end."""
 
     tokens: int = 2
 
     async def __call__(self, exchange: Exchange) -> None:
         await exchange.head()
         await Answers(tokens=self.tokens).send_tokens(exchange)
+        await self.then(exchange)
+
+    async def then(self, exchange: Exchange) -> None:
+        """What others do after the tokens."""
+
+
+class StallsMidStream(BreaksBetweenEvents):
+    """Some tokens, then silence with the connection open."""
+
+    async def then(self, exchange: Exchange) -> None:
         await exchange.stall()
 
 
@@ -103,27 +114,11 @@ class BreaksBeforeFirstEvent:
         exchange.reset()
 
 
-@dataclass
-class BreaksMidEvent:
+class BreaksMidEvent(BreaksBetweenEvents):
     """Some tokens, half of the next, then the connection ends without HTTP's end."""
 
-    tokens: int = 2
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await Answers(tokens=self.tokens).send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
         await exchange.send(Answers().token(exchange)[:-20])
-
-
-@dataclass
-class BreaksBetweenEvents:
-    """Some tokens, then the connection ends without HTTP's end."""
-
-    tokens: int = 2
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await Answers(tokens=self.tokens).send_tokens(exchange)
 
 
 @dataclass
@@ -140,15 +135,10 @@ class EndsWithoutDone:
         await exchange.end()
 
 
-@dataclass
-class EndsInMidAir:
+class EndsInMidAir(BreaksBetweenEvents):
     """Some tokens and a clean end: neither a finish reason nor usage nor [DONE]."""
 
-    tokens: int = 2
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await Answers(tokens=self.tokens).send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
         await exchange.end()
 
 
@@ -161,15 +151,12 @@ class EmptyBody:
 
 
 @dataclass
-class ErrorEventThenDone:
+class ErrorEventThenDone(BreaksBetweenEvents):
     """What vLLM does when its engine dies: an error event, then [DONE] and a clean end."""
 
-    tokens: int = 2
     error: bytes = sse({"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError"}})
 
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.head()
-        await Answers(tokens=self.tokens).send_tokens(exchange)
+    async def then(self, exchange: Exchange) -> None:
         await exchange.send(self.error + sse(b"[DONE]"))
         await exchange.end()
 
@@ -216,3 +203,17 @@ class SendsGzip:
         await exchange.head(headers={"content-encoding": "gzip"})
         await exchange.send(body)
         await exchange.end()
+
+
+class UsageComesLate(Answers):
+    """Says why it ended, and the usage only when it may go on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sent = Signal()
+
+    async def send_closing(self, exchange: Exchange) -> None:
+        await self.send(exchange, self.finish(exchange))
+        await self.resume.happened()
+        await self.send(exchange, self.closing_usage(exchange) + sse(b"[DONE]"))
+        self.sent.set()

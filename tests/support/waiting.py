@@ -41,5 +41,5 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = WAIT_SE
     while not (answer := condition()):
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:g} s in vain: {what}")
-        time.sleep(0.02)
+        time.sleep(0.005)
     return answer
