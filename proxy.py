@@ -399,9 +399,6 @@ class Upstream(msgspec.Struct, frozen=True, dict=True):
     def timeout(self) -> aiohttp.ClientTimeout:
         return aiohttp.ClientTimeout(total=None, sock_connect=self.connect_seconds)
 
-    def can_serve(self, api: Api) -> bool:
-        return self.serves is None or api.path in self.serves or api.part_of in self.serves
-
     def failure(self, code: str, what: str, **more: Any) -> Refusal:
         """A refusal that lets the model's next upstream try."""
         return Refusal(code, f'The upstream "{self.name}" {what}', moves_on=True, **more)
@@ -2331,9 +2328,10 @@ class Proxy:
         if not model.takes(ask.api):
             kind = f'The model "{model.name}" is of the kind {model.kind}, which /v1/{ask.api.path} is not for.'
             raise Refusal("validation_failed", kind, param="model", top={"errors": {"model": [kind]}})
-        serving = [upstream for upstream in self.upstreams_of(model) if upstream.can_serve(ask.api)]
+        upstreams, names = self.upstreams_of(model), {ask.api.path, ask.api.part_of}
+        serving = [upstream for upstream in upstreams if upstream.serves is None or names & set(upstream.serves)]
         if not serving:
-            served = sorted({path for upstream in self.upstreams_of(model) for path in upstream.serves or ()})
+            served = sorted({path for upstream in upstreams for path in upstream.serves or ()})
             message = f'The model "{model.name}" does not take /v1/{ask.api.path}. It takes {", ".join(served)}.'
             raise Refusal("not_found", message, param="model")
         return model, serving
@@ -2742,10 +2740,6 @@ class Proxy:
                     exchange.hold.outcome = "client_stalled"
         transport.abort()
 
-    def reload_soon(self) -> None:
-        """At the watch's next look."""
-        self.files, self.files_seen = (), file_state(self.config)
-
     async def reload(self) -> None:
         """Take changed files over as a pair, or keep the last good ones and say once what is wrong."""
         try:
@@ -2964,7 +2958,7 @@ async def serve(config: Config) -> int:
             ctypes.CDLL(None).mallopt(-3, 1024**2)  # M_MMAP_THRESHOLD
     async with running(config, hurry) as proxy:
         if sys.platform != "win32":
-            loop.add_signal_handler(signal.SIGHUP, proxy.reload_soon)
+            loop.add_signal_handler(signal.SIGHUP, setattr, proxy, "files", ())  # the watch reads them again
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 20, 50)  # requests leave few cycles; looking as often as by default costs 15 %
