@@ -33,6 +33,7 @@ import copy
 import ctypes
 import datetime
 import difflib
+import fcntl
 import gc
 import hashlib
 import importlib
@@ -42,6 +43,7 @@ import json
 import logging
 import os
 import re
+import resource
 import secrets
 import select
 import signal
@@ -61,6 +63,7 @@ try:
     import aiohttp
     import aiosqlite
     import msgspec
+    import uvloop
     import yaml
     from aiohttp import web
     from aiohttp.abc import AbstractStreamWriter
@@ -68,18 +71,12 @@ try:
 except ImportError as missing:
     sys.exit(f"proxy.py needs the package {missing.name!r}: run `pip install .` in the folder of proxy.py.")
 
-if sys.platform != "win32":
-    import fcntl
-    import resource
-
-    import uvloop
-
 VERSION = "2.0.0"
 T = TypeVar("T")
 
 # ---- Limits ---------------------------------------------------------------------------------------------------------
 
-KEY_CHECKED_FIRST_BYTES = 64 * 1024  # a larger body is read only for an account that may send one
+SMALL_BYTES = 64 * 1024  # larger bodies are read only for an account that may send them; they and larger answers count
 BODY_SECONDS = 30  # a request body gets this long, and a second more for each
 BODY_BYTES_PER_SECOND = 16 * 1024  # of its bytes that came: a drip-fed body is cut, a slow line is not
 BODY_ELEMENTS_MAX = 500_000  # members and elements of a body: millions would hold everybody up for seconds
@@ -95,6 +92,7 @@ QUOTED_MAX = 100  # characters of a client's text in a message
 ERRORS_MAX = 10  # in one answer
 TOKENS_MAX = 2**31
 CHOICES_MAX = 128
+UNLIMITED_TOKENS = 2**40  # more than a request can ask for
 OUTPUT_TOKENS_DEFAULT = 8192  # the bound of an answer when neither request nor model names one
 TEMPLATE_TOKENS = 64  # what a chat template may add to a prompt
 MEDIA_TOKENS = 1024  # an image, a piece of audio
@@ -889,8 +887,6 @@ class Ask:
                     self.estimate_object(value, stack)
                 elif (kinds := types_in(value)) == {int}:
                     self.quarters += 4 * len(value)
-                elif kinds == {str}:
-                    self.quarters += sum(map(size, value))
                 elif kinds:
                     stack += value
             if name == "suffix":  # which follows each prompt
@@ -958,7 +954,10 @@ def forward_body(ask: Ask, model: Model, upstream: Upstream, max_tokens: int | N
         body.pop("stream_options", None)
     elif ask.stream and ask.api.empty_choice:
         body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-    return encode_json(body)
+    try:
+        return encode_json(body)
+    except RecursionError:  # a little less deep than what cannot be decoded
+        raise Refusal("invalid_json", "The request body is nested too deeply.") from None
 
 
 # ---- APIs: what is counted of an answer -----------------------------------------------------------------------------
@@ -1050,12 +1049,12 @@ def read_odd(event: bytes) -> tuple[Chunk, int]:
     read it, it is empty, and has that many bytes."""
     fields = [line.partition(b":") for line in event.removeprefix(b"\xef\xbb\xbf").splitlines()]
     data = b"\n".join(value.removeprefix(b" ") for name, _, value in fields if name == b"data").lstrip()
-    done = Chunk(type="[DONE]" if data.startswith(b"[DONE]") else None)
-    answer = decode_answer(data) if data.startswith(b"{") else done
-    chunk = answer or done
+    nothing = Chunk(type="[DONE]" if data.startswith(b"[DONE]") else None)
+    parsed = decode_answer(data) if data.startswith(b"{") else nothing
+    chunk = parsed or nothing
     if any(name == b"event" and value.strip() == b"error" for name, _, value in fields):
         chunk.error = chunk.error or True
-    return chunk, 0 if answer else len(data)
+    return chunk, 0 if parsed else len(data)
 
 
 def give_choice(event: bytes, choice: bytes) -> bytes:
@@ -1329,9 +1328,6 @@ RESOLVE_REQUEST = """
 
 Database = Any  # a connection to the ledger, of sqlite3's shape and with its errors
 Verb = Callable[[Any, int], Any]  # a plain function of the database and its time in ms; a Refusal it returns is raised
-Admission: typing.TypeAlias = "tuple[Caller, int, int, int]"
-"""The caller, the maximum a choice, how many tokens of output are held for now, and how many beside them for the chat
-template: those serve the output where no more are to be had."""
 
 
 class Caller(msgspec.Struct):
@@ -1396,6 +1392,13 @@ class Order(NamedTuple):
     choices: int
     max_tokens: int  # of one choice
     slice_tokens: int | None  # held at a time; None holds the whole output
+
+
+class Admission(NamedTuple):
+    caller: Caller
+    max_tokens: int  # of one choice
+    granted: int  # tokens of output that are held for now,
+    spare: int  # and beside them for the chat template: they serve the output where no more are to be had
 
 
 class Resolution(NamedTuple):
@@ -1476,9 +1479,9 @@ def hold(db: Database, now: int, order: Order, limits_of: Callable[[str], Tier])
             return caller.refuse("key_limit_reached", why, **detail)
         why = "Requests under way hold the credits that this one needs. Try again when one of them has ended."
         return caller.refuse("credits_in_use", why, headers={**retry_after(1), "x-should-retry": "true"}, **detail)
-    payable = available // order.multiplier if order.multiplier else TOKENS_MAX * CHOICES_MAX * 4
+    payable = available // order.multiplier if order.multiplier else UNLIMITED_TOKENS
     max_tokens = min(order.max_tokens, (payable - prompt) // (order.choices or 1))
-    granted = min(max_tokens * order.choices, order.slice_tokens or TOKENS_MAX * CHOICES_MAX)
+    granted = min(max_tokens * order.choices, order.slice_tokens or UNLIMITED_TOKENS)
     spare = max(0, min(order.template_tokens, payable - prompt - granted))
     tokens = prompt + granted + spare
 
@@ -1486,12 +1489,12 @@ def hold(db: Database, now: int, order: Order, limits_of: Callable[[str], Tier])
     caller.minute_requests, caller.minute = caller.requests_in(now // 60_000) + 1, now // 60_000
     changes = {"hold": cost(tokens, order.multiplier), "tokens": tokens, "opened": 1, "model": order.model.name}
     move(db, now, caller, INSERT_REQUEST, order._asdict() | changes)
-    return caller, max_tokens, granted, spare
+    return Admission(caller, max_tokens, granted, spare)
 
 
 def move(db: Database, now: int, caller: Caller, request_sql: str, changes: dict[str, Any]) -> None:
     """The one place where figures change: the account's, the key's, and those of the request's row by `request_sql`.
-    What is held is held of the free credits first."""
+    Each is a difference: a settle's hold is negative. What is held is held of the free credits first."""
     lapsing = caller.lapsing(now)
     reserved = max(0, min(changes["hold"], caller.free - lapsing - caller.free_held))
     values = {"charge": 0, "free_charge": 0, "free_held": reserved, "lapsing": lapsing, "opened": 0, "now": now}
@@ -1523,6 +1526,7 @@ def settle(db: Database, now: int, end: Resolution) -> Settled | None:
     (multiplier, held, reserved), caller = row[:3], Caller(*row[3:])
     prompt, completion, estimated = end.bill or Bill(0, 0, False)
     charge = cost(prompt + completion, multiplier)
+    # The caller is brought up to date first, so that `move` sees what lapses now.
     from_free = min(caller.free, charge, reserved if caller.free_is_past(now) else charge)
     caller.free -= from_free
     caller.free_held -= reserved
@@ -1601,17 +1605,13 @@ class Connection(sqlite3.Connection):
 
     batch: Sequence[Entry] = ()
     outcomes: Sequence[Any] = ()
-    synchronous = "FULL"
 
     def commit(self) -> None:
         self.outcomes = run_batch(self, self.batch)
 
     def begin(self, batch: Sequence[Entry]) -> int:
         """Begin a transaction, which only waits for the write lock if a verb writes; the database's time in ms."""
-        wanted = "FULL" if any(entry.power_proof for entry in batch) else "NORMAL"
-        if self.synchronous != wanted:
-            self.execute(f"PRAGMA synchronous = {wanted}")
-            self.synchronous = wanted
+        self.execute(f"PRAGMA synchronous = {'FULL' if any(entry.power_proof for entry in batch) else 'NORMAL'}")
         self.execute("BEGIN IMMEDIATE" if any(entry.writes for entry in batch) else "BEGIN")
         return now_ms()
 
@@ -1625,11 +1625,9 @@ def connect(config: Config, busy_seconds: float = 30) -> Any:
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
         db.execute(f"PRAGMA {pragma}")
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > SCHEMA_VERSION:
-        raise CommandError(f"{path}: was made by a newer proxy (schema {version}, this one knows {SCHEMA_VERSION})")
-    if 0 < version < SCHEMA_VERSION:
-        old = f"has the schema of an older proxy ({version}); `serve` brings it to {SCHEMA_VERSION}"
-        raise CommandError(f"{path}: {old}")
+    if version not in (0, SCHEMA_VERSION):
+        why = "a newer proxy made it" if version > SCHEMA_VERSION else "`serve` brings it up to date"
+        raise CommandError(f"{path}: has the schema {version}, this proxy knows {SCHEMA_VERSION}: {why}")
     if version == 0:
         with transaction(db):
             if db.execute("PRAGMA user_version").fetchone() == (0,):  # nobody else made it meanwhile
@@ -1773,20 +1771,20 @@ class Ledger:
         if failed != self.unavailable and entry.writes:
             self.unavailable = failed
             self.say(f"ledger unavailable: {outcome}" if failed else "ledger available again")
-        again = failed and bool(entry.must_be_done)
-        if again and time.monotonic() - entry.queued < SETTLE_PATIENCE_SECONDS:
-            return False
         if failed:
+            if entry.must_be_done and time.monotonic() - entry.queued < SETTLE_PATIENCE_SECONDS:
+                return False
             outcome = ledger_unavailable()
-        if entry.future.done():
-            if entry.must_be_done and not again and not entry.future.cancelled():
-                self.say(f"{entry.must_be_done} is in the ledger now: {outcome}")
-        elif isinstance(outcome, Exception):
-            entry.future.set_exception(outcome)
-            entry.future.exception()  # whoever awaits it sees it; where nobody does, nothing is to be said
-        else:
-            entry.future.set_result(outcome)
-        return not again
+        if not entry.future.done():
+            if isinstance(outcome, Exception):
+                entry.future.set_exception(outcome)
+                entry.future.exception()  # whoever awaits it sees it; where nobody does, nothing is to be said
+            else:
+                entry.future.set_result(outcome)
+        elif entry.must_be_done and not failed and (isinstance(outcome, Exception) or not entry.future.cancelled()):
+            how = "FAILED" if isinstance(outcome, Exception) else "is in the ledger now"
+            self.say(f"{entry.must_be_done} {how}: {outcome}")
+        return not (failed and entry.must_be_done)
 
     def identify(self, key_hash: bytes) -> asyncio.Future[Caller]:
         """The key's account; Refusal 401 if there is none."""
@@ -1800,7 +1798,9 @@ class Ledger:
 
 class Hold:
     """The credits that one request reserves. `async with` takes it, and every way out of the block resolves it, once.
-    `sent` says that an upstream has the request, `outcome` how it ended; both and the meter decide what is owed."""
+
+    What is owed: nothing, if no upstream was `sent` the request. Else, by `outcome`: "ok" owes the usage, a client that
+    is gone or stalled the prompt and what came, anything else the same if something came, and nothing if not."""
 
     def __init__(self, ledger: Ledger, order: Order, meter: Meter) -> None:
         self.ledger, self.order, self.meter = ledger, order, meter
@@ -1839,7 +1839,7 @@ class Hold:
             self.settled = await self.submit_resolution()
 
     def submit_resolution(self) -> asyncio.Future[Any]:
-        """Void where nothing went to an upstream, or it failed and produced nothing; else what was used is owed."""
+        """Queue the settle: a bill of what is owed, or none, which voids the hold."""
         complete = self.outcome == "ok"
         is_owed = complete or self.outcome in ("client_gone", "client_stalled") or self.meter.produced
         bill = self.meter.bill(self.order.prompt_estimate, complete) if self.sent and is_owed else None
@@ -1856,8 +1856,9 @@ class Hold:
         return tally.count_certain if self.at_limit else tally.count
 
     async def cover(self, tally: Meter) -> bool:
-        """Whether credits for what `tally` counted are held; False if the account cannot pay for more. Asks ahead, and
-        waits only when the slice is used up. Refusal 503 if the ledger cannot be written."""
+        """Whether credits for what `tally` counted are held; False if the account cannot pay for more, Refusal 503 if
+        the ledger cannot be written. In this order: the slice that was asked ahead; more credits; what was spared for
+        the template; past the bound, where the upstream stops, the count that is certain is enough."""
         if self.next_slice is not None:  # `watermark` is the slice's end since it was asked for: now it is needed
             with contextlib.suppress(Refusal):  # then it is asked for again
                 self.granted += await self.next_slice
@@ -2008,11 +2009,12 @@ class Answer:
         """The body, read piece by piece so that silence can be told from a long answer."""
         pieces, size = [], 0
         while read := await self.read():
-            keep(len(read))
             pieces.append(read)
             size += len(read)
             if size > bytes_max:
                 raise BrokenStream(f"a body of more than {bytes_max} bytes")
+            if size > SMALL_BYTES:  # what is small is not counted
+                keep(len(read))
         return b"".join(pieces)
 
 
@@ -2037,7 +2039,7 @@ class Exchange:
         self.status = 499
         self.outcome = "client_gone"
         self.first_byte_ms: int | None = None
-        self.memory = 0  # bytes of a large body, or a whole answer
+        self.memory = 0  # bytes of a large body and a large whole answer
         # What the watch looks at.
         self.waits = False  # for the upstream or the client, and may be interrupted
         self.patience = float("inf")  # seconds without a byte of the upstream's
@@ -2074,6 +2076,8 @@ class Exchange:
                 self.writer = await self.client.prepare(self.request)
                 assert self.writer is not None
                 self.first_byte_ms = round(1000 * (time.monotonic() - self.started))
+                if self.hold is not None:
+                    self.hold.first_byte_ms = self.first_byte_ms
             await (self.client.write_eof(data) if is_end else self.writer.write(data))
         except ConnectionError as error:
             traceback.clear_frames(error.__traceback__)  # as in `Proxy.answer`
@@ -2112,7 +2116,8 @@ class Handler(web.RequestHandler):
 
     def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> web.StreamResponse:
         code = "invalid_json" if status < 500 else "internal_error"
-        refusal = Refusal(code, "These bytes are no HTTP request that can be read.", status=status)
+        said = "These bytes are no HTTP request that can be read." if status < 500 else "The proxy failed."
+        refusal = Refusal(code, said, status=status)
         headers = {"Content-Type": "application/json", "Server": "llm-proxy"}
         response = web.Response(status=status, body=encode_json(openai_error(refusal, "")), headers=headers)
         response.force_close()
@@ -2156,7 +2161,6 @@ class Proxy:
         self.metrics: Any = None
         self.console: Any = None
         self.exchanges: set[Exchange] = set()
-        self.memory: dict[int, int] = {}  # bytes of large bodies and whole answers, by account
         self.draining = False
         self.files = self.files_seen = file_state(config)
         self.server: Server
@@ -2201,7 +2205,6 @@ class Proxy:
             raise
         finally:
             self.exchanges.discard(exchange)
-            self.release(exchange)
             exchange.client = exchange.task = None
             self.log.request(exchange)
             if self.metrics is not None:
@@ -2213,7 +2216,7 @@ class Proxy:
             exchange.outcome = exchange.hold.outcome if exchange.hold else "ok"
             return response
         except Refusal as error:
-            refusal = error
+            refusal = error.with_traceback(None)  # whose frames hold the body, and this one the error: a cycle
         except Exception:
             self.log.say(f"{exchange.name} failed\n{traceback.format_exc()}")
             message = f"The proxy failed. Its log has more under {exchange.name}."
@@ -2318,7 +2321,7 @@ class Proxy:
             except Refusal as refusal:
                 if exchange.client is None or not exchange.client.prepared:
                     raise
-                await self.break_off(exchange, hold, refusal)
+                await self.break_off(exchange, hold, refusal.with_traceback(None))
         assert exchange.client is not None
         return exchange.client
 
@@ -2361,7 +2364,7 @@ class Proxy:
         """The whole body. A large one is read for an account that may send one; one that comes too slowly is given
         up."""
         request, content = exchange.request, exchange.request.content
-        if content.is_eof() and content.total_bytes <= KEY_CHECKED_FIRST_BYTES:
+        if content.is_eof() and content.total_bytes <= SMALL_BYTES:
             return content.read_nowait()
         body, elements, most = bytearray(), 0, self.config.max_body_mb
         started = asyncio.get_running_loop().time()
@@ -2372,7 +2375,7 @@ class Proxy:
                         expected = max(request.content_length or 0, len(body))
                         if expected > most * 1024**2:
                             raise Refusal("body_too_large", f"The request body is larger than {most} MB.")
-                        if expected > KEY_CHECKED_FIRST_BYTES:
+                        if expected > SMALL_BYTES:
                             await self.admit_large(exchange, key_hash, len(body))
                         if not body and request.headers.get("Expect", "").lower() == "100-continue":
                             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -2405,23 +2408,15 @@ class Proxy:
     def keep(self, exchange: Exchange, size: int) -> None:
         """Count bytes that are kept for an exchange; refused where all together, or the account's, are too many."""
         assert exchange.caller is not None
-        account_id = exchange.caller.account_id
-        mine = self.memory.get(account_id, 0) + size
-        alone = exchange.memory + size
-        if mine > max(alone, MEMORY_BYTES_MAX // 4):
+        account_id, kept = exchange.caller.account_id, exchange.memory + size
+        others = [other for other in self.exchanges if other.memory and other is not exchange]
+        mine = sum(other.memory for other in others if other.caller and other.caller.account_id == account_id)
+        if mine and mine + kept > MEMORY_BYTES_MAX // 4:
             message = "Large requests of this account are under way. Wait for one to end."
             raise Refusal("too_many_parallel_requests", message, headers=retry_after(1), top={"retry_after": 1})
-        if sum(self.memory.values()) + size > max(alone, MEMORY_BYTES_MAX):
+        if others and sum(other.memory for other in others) + kept > MEMORY_BYTES_MAX:
             raise Refusal("overloaded", "Too many large requests are under way. Try again.", headers=retry_after(1))
-        self.memory[account_id] = mine
-        exchange.memory = alone
-
-    def release(self, exchange: Exchange) -> None:
-        if exchange.memory and exchange.caller is not None:
-            left = self.memory.pop(exchange.caller.account_id) - exchange.memory
-            if left:
-                self.memory[exchange.caller.account_id] = left
-            exchange.memory = 0
+        exchange.memory = kept
 
     # -- opening an upstream
 
@@ -2432,19 +2427,20 @@ class Proxy:
         for upstream in [u for u in upstreams if self.cooling_until.get(u.name, 0) <= now] or upstreams:
             name = hold.upstream = upstream.name
             hold.meter.usage_of = upstream.usage_of
+            body = forward_body(ask, hold.order.model, upstream, hold.lowered_to)
             try:
                 if off := self.why_off(upstream):
                     headers = {"x-should-retry": "false"}
                     raise upstream.failure("upstream_unavailable", f"is off: {off}.", headers=headers)
                 with exchange.waiting(upstream.first_byte_seconds):
-                    response = await self.post(exchange, ask, upstream, hold)
+                    response = await self.post(exchange, upstream, hold, body)
                     self.reached[name] = True
                     answer = await self.begin_answer(exchange, Answer(exchange, response, upstream), hold)
                 if answer.is_stream:
-                    self.release(exchange)
+                    exchange.memory = 0
                 return answer
             except Refusal as error:
-                refusal = error
+                refusal = error.with_traceback(None)
             except Exception as error:
                 self.log.broken(exchange, error)
                 if hold.sent:
@@ -2455,18 +2451,18 @@ class Proxy:
                     self.log.say(f"upstream {name} skipped for {COOLDOWN_SECONDS} s where another is there")
                     refusal = upstream.failure("upstream_unavailable", "cannot be connected to. Try again later.")
             self.count("failures", name, refusal.code)
-            hold.sent = False
+            hold.sent = False  # an attempt that failed costs nothing
             if not refusal.moves_on or (exchange.client and exchange.client.prepared):
                 break
             exchange.client = None  # of an answer that did not begin
         raise refusal
 
-    async def post(self, exchange: Exchange, ask: Ask, upstream: Upstream, hold: Hold) -> aiohttp.ClientResponse:
+    async def post(self, exchange: Exchange, upstream: Upstream, hold: Hold, body: bytes) -> aiohttp.ClientResponse:
         """Send the request; once more if the connection, which was pooled, turns out to be dead."""
-        request, body = exchange.request, forward_body(ask, hold.order.model, upstream, hold.lowered_to)
-        url = f"{self.echo_url if upstream.builtin else upstream.url}/{ask.api.path}"
-        if ask.api.passes_query and request.query_string:
-            url += f"?{request.query_string}"
+        request, api = exchange.request, exchange.api
+        url = f"{self.echo_url if upstream.builtin else upstream.url}/{api.path}"
+        if api.passes_query and (query := request.rel_url.raw_query_string):
+            url += f"?{query}"
         headers = {"Accept": request.headers.get("Accept", "*/*")}
         headers |= {n: v for n, v in request.headers.items() if n.lower().startswith("anthropic-") and v.isprintable()}
         send = partial(
@@ -2513,8 +2509,8 @@ class Proxy:
         return answer
 
     async def refused(self, exchange: Exchange, answer: Answer) -> Refusal:
-        """What an upstream's status that is no success means for the client. What it says goes into the log, or to the
-        client, never both. 401, 402, 403 and 407 are about our key, not the client's."""
+        """What an upstream's status that is no success means for the client; what it says goes to the client, or where
+        another upstream may answer into the log. 401, 402, 403 and 407 are about our key, not the client's."""
         status, upstream, body = answer.response.status, answer.upstream, b""
         with contextlib.suppress(BrokenStream):  # a body too long to pass on; the status says enough
             body = self.redact(await answer.read_whole(ERROR_BYTES_MAX, lambda size: None))
@@ -2565,8 +2561,8 @@ class Proxy:
                     try:
                         if out:
                             await exchange.send(out)
-                    except (ClientGone, Exception):
-                        hold.meter = tally if before.finished else before  # no text was sent of it; usage stands
+                    except (ClientGone, Exception):  # nothing of it was sent; a cancellation may come after it was
+                        hold.meter = tally if before.finished else before  # usage stands, which is no text
                         raise
                     if tally.over or tally.broken:
                         break
@@ -2612,7 +2608,6 @@ class Proxy:
             if now - self.no_usage_said.get(name, -NO_USAGE_SECONDS) >= NO_USAGE_SECONDS:
                 self.no_usage_said[name] = now
                 self.log.say(f"upstream {name} sends no usage: what it answers is charged by estimates")
-        hold.first_byte_ms = exchange.first_byte_ms
         await hold.settle()
         if not answer.is_stream:
             assert hold.settled is not None
@@ -2638,7 +2633,6 @@ class Proxy:
     async def break_off(self, exchange: Exchange, hold: Hold, refusal: Refusal) -> None:
         """After the headers went out nothing can be repaired: settle, say why in an error frame, end uncleanly."""
         hold.outcome = refusal.code
-        hold.first_byte_ms = exchange.first_byte_ms
         with contextlib.suppress(Refusal):
             await hold.settle()
         if hold.settled is not None and "credits" in refusal.detail:
@@ -2753,9 +2747,10 @@ class Proxy:
             self.log.say(line)
         self.log.say("models and upstreams: read again")
         self.reached = {
-            n: there for n, there in self.reached.items() if new.upstreams.get(n) == self.config.upstreams[n]
+            n: there for n, there in self.reached.items() if new.upstreams.get(n) == self.config.upstreams.get(n)
         }
-        self.config = msgspec.structs.replace(self.config, file=new.file, tiers=new.tiers, upstreams=new.upstreams)
+        changed = {name: getattr(new, name) for name in RELOADED}
+        self.config = msgspec.structs.replace(self.config, **changed)
         self.ledger.config, self.catalog = self.config, catalog
         self.secrets = secret_pattern(new.upstreams.values())
 
@@ -2771,6 +2766,7 @@ class Proxy:
             await asyncio.sleep(WATCH_SECONDS / 10)
 
 
+RELOADED = ("file", "tiers", "default_tier", "upstreams")  # of config.yaml; what else changes takes a restart
 LIST_OF_APIS = f"There are POST {', '.join(f'/v1/{path}' for path in APIS)}, GET /v1/models and /v1/models/ID."
 
 
@@ -2930,9 +2926,8 @@ def own_database(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CommandError(f"{path}: cannot be opened: {error.strerror}") from None
     try:
-        if sys.platform != "win32":
-            for file in files:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for file in files:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.truncate(files[0], 0)
         os.write(files[0], str(os.getpid()).encode())
         yield
@@ -2948,17 +2943,15 @@ async def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT; a second one hurries the drain."""
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    if sys.platform != "win32":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-        with contextlib.suppress(AttributeError):  # glibc's: large bodies and answers go back to the system at once
-            ctypes.CDLL(None).mallopt(-3, 1024**2)  # M_MMAP_THRESHOLD
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    with contextlib.suppress(AttributeError):  # glibc's: large bodies and answers go back to the system at once
+        ctypes.CDLL(None).mallopt(-3, 1024**2)  # M_MMAP_THRESHOLD
     async with running(config, hurry) as proxy:
-        if sys.platform != "win32":
-            loop.add_signal_handler(signal.SIGHUP, setattr, proxy, "files", ())  # the watch reads them again
+        loop.add_signal_handler(signal.SIGHUP, setattr, proxy, "files", ())  # the watch reads them again
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 20, 50)  # requests leave few cycles; looking as often as by default costs 15 %
@@ -3037,8 +3030,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = load_config(Path(given[1]) if len(given) == 2 else Path(__file__).with_name("config.yaml"))
         else:
             raise CommandError("extras/commands.py is missing beside proxy.py: it can only `serve`")
-        loop_factory = None if sys.platform == "win32" else uvloop.new_event_loop
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serve(config))
     except ConfigError as error:
         print(error, file=sys.stderr)

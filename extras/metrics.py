@@ -44,7 +44,9 @@ class Metrics:
     def add_gauges(self, proxy: Proxy) -> None:
         gauge = partial(prometheus_client.Gauge, registry=self.registry)
         gauge("proxy_open_requests", "Requests under way.").set_function(lambda: len(proxy.exchanges))
-        gauge("proxy_kept_bytes", "Of large bodies and whole answers.").set_function(lambda: sum(proxy.memory.values()))
+        gauge("proxy_kept_bytes", "Of large bodies and whole answers.").set_function(
+            lambda: sum(exchange.memory for exchange in list(proxy.exchanges))
+        )
         gauge("proxy_log_lines_dropped", "That could not be written yet.").set_function(lambda: proxy.log.dropped)
         gauge("proxy_ledger_transactions", "Transactions committed.").set_function(lambda: proxy.ledger.transactions)
         gauge("proxy_ledger_verbs", "Holds, settles and the like in them.").set_function(lambda: proxy.ledger.verbs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from proxy import SUNSET_NOTICE_DAYS, Catalog, Config, as_credits
+from proxy import RELOADED, SUNSET_NOTICE_DAYS, Catalog, Config, as_credits
 
 FIRST_STEPS = """Created the account "owner". Its key is shown this once; keep it:
 
@@ -53,5 +53,5 @@ def changes(old: Config, new: Config, before: Catalog, after: Catalog) -> Iterat
         if was_price != price:
             yield f"models: repriced {name} from {as_credits(was_price)} to {as_credits(price)}"
     for key in new.__struct_fields__:
-        if key not in ("file", "tiers", "upstreams") and getattr(old, key) != getattr(new, key):
+        if key not in RELOADED and getattr(old, key) != getattr(new, key):
             yield f"{new.path}: {key} changed; that takes a restart"
