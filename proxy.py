@@ -342,6 +342,14 @@ class FreeCredits(msgspec.Struct, frozen=True):
     days: Annotated[int, msgspec.Meta(ge=1, le=36_500)] = 30
 
 
+class UpstreamState(msgspec.Struct):
+    """What the server has seen of an upstream. One that a reload changes is another, of which nothing is known."""
+
+    reached: bool | None = None  # by the last probe or request
+    cooling_until: float = 0.0
+    no_usage_said: float = -NO_USAGE_SECONDS
+
+
 class Upstream(msgspec.Struct, frozen=True, dict=True):
     """One upstream, and how it is asked."""
 
@@ -374,6 +382,10 @@ class Upstream(msgspec.Struct, frozen=True, dict=True):
         for path in self.serves or ():
             if path not in APIS:
                 raise ValueError(f'serves: unknown API "{path}"; expected some of: {", ".join(APIS)}')
+
+    @cached_property
+    def state(self) -> UpstreamState:
+        return UpstreamState()
 
     @cached_property
     def missing(self) -> list[str]:
@@ -1012,6 +1024,12 @@ class Choice(msgspec.Struct, gc=False):
     function_call: Any = None
 
 
+class Holder(msgspec.Struct, gc=False):
+    """What usage may stand in: `response` of a closing event, `message` of a starting one."""
+
+    usage: Any = None
+
+
 class Chunk(msgspec.Struct, gc=False):
     """What is read of an event, and of an answer that is not streamed, of any API and of any shape."""
 
@@ -1020,8 +1038,8 @@ class Chunk(msgspec.Struct, gc=False):
     error: Any = None
     type: Any = None
     delta: Any = None
-    response: Any = None
-    message: Any = None
+    response: Holder | Odd = None
+    message: Holder | Odd = None
     status: Any = None
     output: Any = None
     content: Any = None
@@ -1149,8 +1167,8 @@ class Meter(msgspec.Struct):
     def note(self, chunk: Chunk) -> None:
         """What an event says beside its text: usage, wherever it stands, an error, the end. Of usage, what is not an
         integer from 0 to 2^31 counts as absent, and what is absent keeps what was there."""
-        parts = (part.get("usage") for part in (chunk.response, chunk.message) if type(part) is dict)
-        for usage in (chunk.usage, *parts):
+        for holder in (chunk, chunk.response, chunk.message):
+            usage = holder.usage if isinstance(holder, Chunk | Holder) else None
             if type(usage) is dict:
                 names = (self.api.usage_output, *itertools.chain.from_iterable(self.api.usage_prompt))
                 valid = {n: v for n in names if type(v := usage.get(n)) is int and 0 <= v <= TOKENS_MAX}
@@ -2154,9 +2172,6 @@ class Proxy:
         self.echo_url = echo_url
         self.ledger = Ledger(config, log.say)
         self.secrets = secret_pattern(config.upstreams.values())
-        self.reached: dict[str, bool] = {}  # each upstream, by the last probe or request
-        self.cooling_until: dict[str, float] = {}
-        self.no_usage_said: dict[str, float] = {}
         self.companions: dict[str, Callable[[Exchange], Any]] = {}  # pages of extras/, by path
         self.metrics: Any = None
         self.console: Any = None
@@ -2178,7 +2193,7 @@ class Proxy:
         return "extras/echo.py is not there" if upstream.builtin and not self.echo_url else ""
 
     def is_there(self, upstream: Upstream) -> bool:
-        return not self.why_off(upstream) and self.reached.get(upstream.name, True)
+        return not self.why_off(upstream) and upstream.state.reached is not False
 
     def upstreams_of(self, model: Model) -> list[Upstream]:
         return [self.config.upstreams[name] for name in model.upstreams if name in self.config.upstreams]
@@ -2424,8 +2439,8 @@ class Proxy:
         """The first answer that begins, of the model's upstreams in order. An upstream that just failed to connect
         is left out while there is another. The last refusal is the client's."""
         now = time.monotonic()
-        for upstream in [u for u in upstreams if self.cooling_until.get(u.name, 0) <= now] or upstreams:
-            name = hold.upstream = upstream.name
+        for upstream in [u for u in upstreams if u.state.cooling_until <= now] or upstreams:
+            hold.upstream, state = upstream.name, upstream.state
             hold.meter.usage_of = upstream.usage_of
             body = forward_body(ask, hold.order.model, upstream, hold.lowered_to)
             try:
@@ -2434,7 +2449,7 @@ class Proxy:
                     raise upstream.failure("upstream_unavailable", f"is off: {off}.", headers=headers)
                 with exchange.waiting(upstream.first_byte_seconds):
                     response = await self.post(exchange, upstream, hold, body)
-                    self.reached[name] = True
+                    state.reached = True
                     answer = await self.begin_answer(exchange, Answer(exchange, response, upstream), hold)
                 if answer.is_stream:
                     exchange.memory = 0
@@ -2446,11 +2461,10 @@ class Proxy:
                 if hold.sent:
                     refusal = upstream.failure("upstream_error", "broke before it began to answer. Try again.")
                 else:
-                    self.reached[name] = False
-                    self.cooling_until[name] = time.monotonic() + COOLDOWN_SECONDS
-                    self.log.say(f"upstream {name} skipped for {COOLDOWN_SECONDS} s where another is there")
+                    state.reached, state.cooling_until = False, time.monotonic() + COOLDOWN_SECONDS
+                    self.log.say(f"upstream {upstream.name} skipped for {COOLDOWN_SECONDS} s where another is there")
                     refusal = upstream.failure("upstream_unavailable", "cannot be connected to. Try again later.")
-            self.count("failures", name, refusal.code)
+            self.count("failures", upstream.name, refusal.code)
             hold.sent = False  # an attempt that failed costs nothing
             if not refusal.moves_on or (exchange.client and exchange.client.prepared):
                 break
@@ -2602,11 +2616,11 @@ class Proxy:
         """Settle, then send what ends the answer: all of it, where it came whole; of a stream the closing event, an
         error of the upstream's, or nothing. An upstream that sends no usage is named: its charges are estimates."""
         hold.outcome = "upstream_error" if hold.meter.broken or hold.meter.failed else "ok"
-        name, now = answer.upstream.name, time.monotonic()
+        name, state, now = answer.upstream.name, answer.upstream.state, time.monotonic()
         if hold.outcome == "ok" and not hold.meter.usage and hold.meter.api.priced:
             self.count("no_usage", name)
-            if now - self.no_usage_said.get(name, -NO_USAGE_SECONDS) >= NO_USAGE_SECONDS:
-                self.no_usage_said[name] = now
+            if now - state.no_usage_said >= NO_USAGE_SECONDS:
+                state.no_usage_said = now
                 self.log.say(f"upstream {name} sends no usage: what it answers is charged by estimates")
         await hold.settle()
         if not answer.is_stream:
@@ -2742,17 +2756,17 @@ class Proxy:
         except ConfigError as error:
             self.log.say(f"the models and upstreams stay as they were: {error}")
             return
-        notices = extra("notices")
-        for line in notices.changes(self.config, new, self.catalog, catalog) if notices else ():
-            self.log.say(line)
-        self.log.say("models and upstreams: read again")
-        self.reached = {
-            n: there for n, there in self.reached.items() if new.upstreams.get(n) == self.config.upstreams.get(n)
-        }
-        changed = {name: getattr(new, name) for name in RELOADED}
-        self.config = msgspec.structs.replace(self.config, **changed)
+        old, before = self.config, self.catalog
+        for name, upstream in new.upstreams.items():
+            if old.upstreams.get(name) == upstream:  # what was seen of it still holds
+                new.upstreams[name] = old.upstreams[name]
+        self.config = msgspec.structs.replace(old, **{name: getattr(new, name) for name in RELOADED})
         self.ledger.config, self.catalog = self.config, catalog
         self.secrets = secret_pattern(new.upstreams.values())
+        notices = extra("notices")
+        for line in notices.changes(old, new, before, catalog) if notices else ():
+            self.log.say(line)
+        self.log.say("models and upstreams: read again")
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Let running requests finish, for `drain_seconds` or until told to hurry; then end them, settled. Whoever does

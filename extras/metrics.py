@@ -80,8 +80,8 @@ class Metrics:
         if who == "loopback" and (forwarded or request.remote not in ("127.0.0.1", "::1", None)):
             raise Refusal("metrics_forbidden", "Metrics are for this machine only. See `metrics` in config.yaml.")
         now = time.monotonic()
-        for name in self.proxy.config.upstreams:
-            self.cooling.labels(name).set(self.proxy.cooling_until.get(name, 0) > now)
+        for name, upstream in self.proxy.config.upstreams.items():
+            self.cooling.labels(name).set(upstream.state.cooling_until > now)
         exchange.status = 200
         headers = {**self.proxy.headers(exchange), "Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
         return web.Response(body=prometheus_client.generate_latest(self.registry), headers=headers)

@@ -45,10 +45,10 @@ def changes(old: Config, new: Config, before: Catalog, after: Catalog) -> Iterat
     for what, was, now in (("models", before.models, after.models), ("upstreams", old.upstreams, new.upstreams)):
         yield from (f"{what}: added {name}" for name in now if name not in was)
         yield from (f"{what}: removed {name}" for name in was if name not in now)
-    for name in old.upstreams.keys() & new.upstreams.keys():
+    for name in sorted(old.upstreams.keys() & new.upstreams.keys()):
         if old.upstreams[name] != new.upstreams[name]:
             yield f"upstreams: changed {name}"
-    for name in before.models.keys() & after.models.keys():
+    for name in sorted(before.models.keys() & after.models.keys()):
         was_price, price = before.models[name].price, after.models[name].price
         if was_price != price:
             yield f"models: repriced {name} from {as_credits(was_price)} to {as_credits(price)}"

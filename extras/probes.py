@@ -38,7 +38,7 @@ async def print_upstreams(proxy: Proxy) -> None:
     async def ask(name: str, upstream: Upstream) -> None:
         found = await probe(proxy.session, upstream, START_SECONDS)
         if not upstream.missing:
-            proxy.reached[name] = found.reached
+            upstream.state.reached = found.reached
         print("\n".join(describe(name, found, proxy.catalog)))
 
     with contextlib.suppress(OSError):  # nobody reads the lines any more

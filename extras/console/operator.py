@@ -38,7 +38,7 @@ def upstream_states(site: Site) -> list[UpstreamState]:
         elif upstream.builtin:
             state = "builtin"
         else:
-            state = {True: "reachable", False: "not reachable", None: "not asked yet"}[proxy.reached.get(name)]
+            state = {True: "reachable", False: "not reachable", None: "not asked yet"}[upstream.state.reached]
         found.append(UpstreamState(name, state, proxy.is_there(upstream), served))
     return found
 
