@@ -29,7 +29,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import copy
 import ctypes
 import datetime
 import difflib
@@ -53,6 +52,7 @@ import time
 import traceback
 import typing
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from decimal import Decimal
 from email.utils import formatdate
 from functools import cached_property, partial
@@ -1109,9 +1109,6 @@ class Meter(msgspec.Struct):
     over: bool = False  # the event that ends the stream has come, or
     broken: bool = False  # an error of the upstream's own in its place
     failed: bool = False  # it ended by saying that it failed
-
-    def copy(self) -> Meter:
-        return copy.copy(self)
 
     @property
     def count(self) -> int:
@@ -2502,7 +2499,7 @@ class Proxy:
                 raise await self.refused(exchange, answer)
             if not answer.is_stream:
                 answer.body = await answer.read_whole(ANSWER_BYTES_MAX, partial(self.keep, exchange))
-                answer.tally = hold.meter.copy()
+                answer.tally = copy(hold.meter)
                 if answer.tally.feed_whole(answer.body):
                     answer.body = self.redact(answer.body)
                 return answer
@@ -2564,7 +2561,7 @@ class Proxy:
         try:
             with exchange.waiting(answer.upstream.idle_seconds):
                 while True:
-                    tally = hold.meter.copy()
+                    tally = copy(hold.meter)
                     out, last = tally.feed(block)
                     if tally.count > hold.watermark:
                         exchange.waits = False  # for nobody but the ledger, which has limits of its own
@@ -2603,7 +2600,7 @@ class Proxy:
         """Credits are used up within a block: what of it is covered is sent, event by event."""
         start = 0
         for match in EMPTY_LINE.finditer(block):
-            tally = hold.meter.copy()
+            tally = copy(hold.meter)
             out, _ = tally.feed(block[start : match.end()])
             if hold.needed(tally) > hold.granted:
                 break

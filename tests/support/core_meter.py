@@ -8,6 +8,7 @@ changes, these change and no test does.
 import json
 import re
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def kept_back(splitter: Any) -> bytes:
 def feed(meter: Any, block: bytes) -> tuple[Any, bytes, bytes]:
     """Whole events: the meter with them counted, which the relay drops if they do not go on; what goes on, and the
     event that ends the stream, which goes on once it is settled."""
-    tally = meter.copy()
+    tally = copy(meter)
     out, last = tally.feed(block)
     return tally, out, last
 
