@@ -56,16 +56,26 @@ def test_what_is_no_json_object_is_refused(untouched: Any, body: bytes) -> None:
         assert_error(untouched.post(path, body), 400, "invalid_json", "invalid_request_error")
 
 
+DEEP = {  # where a client's JSON may be as deep as it likes
+    "a member": b'"x": %s',
+    "a tool": b'"tools": [{"type": "function", "function": {"name": "f", "parameters": %s}}]',
+    "a response format": b'"response_format": {"schema": %s}',
+}
+
+
+@pytest.mark.parametrize("padding", [0, 300_000])
+@pytest.mark.parametrize("place", DEEP)
 def test_a_body_a_little_too_deep_is_refused_and_no_upstream_is_blamed(
-    proxy: RunningProxy, upstream: FakeUpstream, backup: FakeUpstream, funded_key: MakeKey
+    proxy: RunningProxy, upstream: FakeUpstream, backup: FakeUpstream, funded_key: MakeKey, place: str, padding: int
 ) -> None:
     """Between the deepest body that is relayed and one that cannot be decoded are some that cannot be encoded again."""
     account, lines_before = funded_key(credits=100_000), len(proxy.lines)
     upstream.behaviour = backup.behaviour = AnswersAtLength(12)
 
     def ask(depth: int) -> Response:
-        nested = b', "x": ' + b"[" * depth + b"]" * depth + b"}"
-        return proxy.client(account.key).post(CHAT, json.dumps(chat_request(model="pair")).encode()[:-1] + nested)
+        start = json.dumps(chat_request(model="pair", user="x" * padding)).encode()[:-1]
+        nested = DEEP[place] % (b"[" * depth + b"]" * depth)
+        return proxy.client(account.key).post(CHAT, start + b", " + nested + b"}")
 
     too_deep = bisect(range(100_000), False, key=lambda depth: ask(depth).status != 200)
     relayed = len(upstream.posts)
