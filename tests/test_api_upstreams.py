@@ -178,6 +178,17 @@ def test_a_query_passes_on_messages_alone(house: Any) -> None:
         assert main.posts[-1].path == path + query
 
 
+def test_a_query_reaches_the_upstream_byte_for_byte(house: Any) -> None:
+    proxy, main, _ = house
+    account = proxy.add_account(1000)
+    client = proxy.client(account.key)
+    queries = ["x=%20a%23b&beta=true", "x=a+b&y=%2B%26%3d%3D", "beta=true&beta=%C3%A9%e9&z=/?:@", "x=%00%0d%0aX:%201"]
+    for query in queries:
+        assert client.post(f"{MESSAGES}?{query}", messages_request()).status == 200
+        assert main.posts[-1].path == f"{MESSAGES}?{query}"
+    assert_books(proxy, account, credits=1000 - 8 * len(queries))
+
+
 # -- What an upstream serves
 
 

@@ -3,6 +3,7 @@
 import csv
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from tests.support.books import assert_books
 from tests.support.client import QUESTION_ESTIMATE
 from tests.support.commands import REPOSITORY, CommandServer
 from tests.support.errors import assert_error
-from tests.support.files import MODELS, TODAY, catalog, write_yaml
+from tests.support.exchange import Exchange
+from tests.support.files import MODELS, TODAY, catalog, edit_yaml, write_yaml
+from tests.support.misbehaviours import Fails
 from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
-from tests.support.waiting import wait_until
+from tests.support.waiting import Signal, wait_until
 
 MakeKey = Callable[..., Account]
 MakeProxy = Callable[..., RunningProxy]
@@ -197,6 +200,10 @@ def ids(proxy: RunningProxy, account: Account) -> list[str]:
     return [row["id"] for row in proxy.client(account.key).get("/v1/models").json()["data"]]
 
 
+def price(proxy: RunningProxy, account: Account, model: str) -> float:
+    return float(proxy.client(account.key).get(f"/v1/models/{model}").json()["credit_multiplier"])
+
+
 @pytest.fixture(scope="module")
 def edited(module_proxy: MakeProxy) -> RunningProxy:
     """A proxy whose models.yaml these tests edit; each writes the whole file."""
@@ -240,9 +247,7 @@ def test_a_request_under_way_keeps_its_price(edited: RunningProxy) -> None:
     with proxy.client(account.key).stream_chat() as stream:
         stream.read_until(b'"word"', times=2)
         edit(proxy, {"plain": {"tier": "dear", "upstream": "main"}})
-        shown = "/v1/models/plain"
-        price = lambda: proxy.client(account.key).get(shown).json()["credit_multiplier"]  # noqa: E731
-        wait_until(lambda: price() == 3.5, "the new price is listed", seconds=5)
+        wait_until(lambda: price(proxy, account, "plain") == 3.5, "the new price is listed", seconds=5)
         proxy.upstream.behaviour.resume.set()  # type: ignore[attr-defined]
         assert stream.finish().clean
     assert_books(proxy, account, credits=92)
@@ -262,3 +267,61 @@ def test_a_model_that_is_removed_ends_no_stream(edited: RunningProxy) -> None:
         proxy.upstream.behaviour.resume.set()  # type: ignore[attr-defined]
         assert stream.finish().clean
     assert_books(proxy, account, credits=100 - 1.5 * (QUESTION_ESTIMATE + 3))
+
+
+def test_an_upstream_may_go_while_a_request_waits_for_its_headers(
+    running_proxy: MakeProxy, fake_upstream: Callable[..., FakeUpstream]
+) -> None:
+    """The request is answered, and the next edit is taken over as ever."""
+    leaving = fake_upstream(script := Answers(pause_after=0))
+    model = {"tier": "one", "upstream": "leaving"}
+    proxy = running_proxy(upstreams={"leaving": {"base_url": leaving.url}}, models={"stays-not": model})
+    account = proxy.add_account(100)
+    with proxy.client(account.key).start_chat(model="stays-not") as pending:
+        script.reached.wait()
+        edit(proxy, {})
+        edit_yaml(proxy.config, lambda config: config["upstreams"].pop("leaving"))
+        proxy.wait_for_line("upstreams: removed leaving")
+        script.resume.set()
+        assert pending.answered().finish().status == 200
+    edit(proxy, {"added": {"tier": "one", "upstream": "main"}})
+    wait_until(lambda: "added" in ids(proxy, account), "the next edit is served", seconds=5)
+    assert_books(proxy, account, credits=92)
+
+
+@dataclass
+class FailsWhenTold(Fails):
+    """Takes the request, and answers with its status when it may go on."""
+
+    status: int = 500
+
+    def __post_init__(self) -> None:
+        self.resume = Signal()
+
+    async def __call__(self, exchange: Exchange) -> None:
+        await self.resume.happened()
+        await super().__call__(exchange)
+
+
+def test_a_request_under_way_keeps_its_upstreams_and_their_addresses(
+    running_proxy: MakeProxy, fake_upstream: Callable[..., FakeUpstream]
+) -> None:
+    """While its first upstream is asked, its second one moves and its model goes elsewhere, at another price."""
+    found, moved = fake_upstream(), fake_upstream(Answers(tokens=7))
+    pair = {"tier": "one", "upstream": ["main", "second"]}
+    script = FailsWhenTold()
+    proxy = running_proxy(upstreams={"second": {"base_url": found.url}}, models={"pair": pair}, behaviour=script)
+    account = proxy.add_account(100)
+    with proxy.client(account.key).start_chat(model="pair") as pending:
+        proxy.upstream.next_exchange()
+        edit_yaml(proxy.config, lambda config: config["upstreams"].update(second={"base_url": moved.url}))
+        edit(proxy, {"pair": {"tier": "dear", "upstream": "second"}})
+        wait_until(lambda: price(proxy, account, "pair") == 3.5, "the new price is listed", seconds=5)
+        script.resume.set()
+        answer = pending.answered().finish()
+    assert (answer.status, answer.headers["x-credits-charged"]) == (200, "8")
+    assert (len(found.posts), len(moved.posts)) == (1, 0)
+    assert_books(proxy, account, credits=92)
+    assert proxy.client(account.key).chat(model="pair").status == 200
+    assert (len(found.posts), len(moved.posts)) == (1, 1), "the next request goes where the files say now"
+    assert_books(proxy, account, credits=92 - 3.5 * 12)

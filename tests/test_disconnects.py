@@ -1,6 +1,7 @@
 """A client that leaves, or does not read, pays for what it got, frees the upstream and hinders nobody."""
 
 import contextlib
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -53,6 +54,30 @@ def test_leaving_in_the_middle_costs_the_prompt_and_what_came(
         upstream.posts[0].closed.wait(CLOSED_SECONDS)
     proxy.wait_until_settled(account)
     assert_books(proxy, account, credits=1000 - QUESTION_ESTIMATE - tokens)
+
+
+def test_when_the_first_byte_came_is_known_of_a_client_that_left_too(
+    proxy: RunningProxy, paused: Any, funded_key: MakeKey
+) -> None:
+    """The row says it, the log the same, and it is counted."""
+
+    def first_bytes() -> float:
+        text = proxy.client(None).get("/metrics").body.decode()
+        return float(text.partition("\nproxy_first_byte_seconds_count ")[2].split()[0])
+
+    account, before = funded_key(credits=1000), first_bytes()
+    paused(pause_after=1)
+    with proxy.client(account.key).stream_chat() as stream:
+        stream.read_until(b'"word"')
+        name = stream.headers["x-request-id"]
+        stream.leave()
+    logged = re.search(r"(\d+)/\d+ ms$", proxy.wait_for_line(f"{name} .* client_gone "))
+    assert logged
+    proxy.wait_until_settled(account)
+    row = f"SELECT outcome, first_byte_ms FROM request WHERE id = {int(name.removeprefix('req_'), 16)}"
+    assert proxy.ledger.query(row) == [("client_gone", int(logged[1]))]
+    assert first_bytes() == before + 1
+    assert_books(proxy, account, credits=1000 - QUESTION_ESTIMATE - 1)
 
 
 def test_leaving_while_nothing_has_come_but_the_opening_costs_the_prompt(

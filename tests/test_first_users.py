@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.support.answers import Answers
 from tests.support.attackers import AnswersOneChoicesUsage, PlainServer, RawClient, bare_proxy, free_port
@@ -22,7 +21,7 @@ from tests.support.books import assert_audit, assert_books
 from tests.support.client import QUESTION_ESTIMATE
 from tests.support.commands import PROXY, REPOSITORY, CommandServer, clean_environment, run_program
 from tests.support.errors import assert_error
-from tests.support.files import write_yaml
+from tests.support.files import edit_yaml
 from tests.support.misbehaviours import Fails
 from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream, RefusesConnections
@@ -33,15 +32,6 @@ pytestmark = pytest.mark.long
 MakeKey = Callable[..., Account]
 MakeProxy = Callable[..., RunningProxy]
 CHAT = "/v1/chat/completions"
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a YAML file, in one step."""
-    content = yaml.safe_load(path.read_text())
-    change(content)
-    fresh = path.with_suffix(".new")
-    write_yaml(fresh, content)
-    fresh.rename(path)
 
 
 def served(proxy: RunningProxy, key: str, model: str) -> bool:
@@ -91,9 +81,9 @@ def test_an_upstream_and_its_model_are_added_without_a_restart(
 ) -> None:
     proxy, fresh = running_proxy(), fake_upstream(Answers(tokens=7))
     account = proxy.add_account(100)
-    edit(proxy.config, lambda config: config["upstreams"].update(fresh={"base_url": fresh.url}))
+    edit_yaml(proxy.config, lambda config: config["upstreams"].update(fresh={"base_url": fresh.url}))
     new = {"tier": "one", "upstream": "fresh"}
-    edit(proxy.folder / "models.yaml", lambda catalog: catalog["models"].update(new=new))
+    edit_yaml(proxy.folder / "models.yaml", lambda catalog: catalog["models"].update(new=new))
     wait_until(lambda: served(proxy, account.key, "new"), "the new model is served")
     assert proxy.client(account.key).chat(model="new").status == 200
     assert len(fresh.posts) == 1
@@ -109,7 +99,7 @@ def test_an_upstream_that_moved_is_asked_at_its_new_address(
     account = proxy.add_account(100_000)
     with proxy.client(account.key).stream_chat() as stream:
         script.reached.wait()
-        edit(proxy.config, lambda config: config["upstreams"].update(main={"base_url": moved.url}))
+        edit_yaml(proxy.config, lambda config: config["upstreams"].update(main={"base_url": moved.url}))
         proxy.signal(signal.SIGHUP)
         wait_until(lambda: proxy.client(account.key).chat().status == 200 and moved.posts, "the new address is asked")
         script.resume.set()
@@ -120,7 +110,7 @@ def test_an_upstream_that_moved_is_asked_at_its_new_address(
 def test_a_tiers_limits_change_without_a_restart(running_proxy: MakeProxy) -> None:
     proxy = running_proxy()
     account = proxy.add_account(100_000)
-    edit(proxy.config, lambda config: config["tiers"].update(unlimited={"requests_per_minute": 1}))
+    edit_yaml(proxy.config, lambda config: config["tiers"].update(unlimited={"requests_per_minute": 1}))
     proxy.signal(signal.SIGHUP)
     wait_until(lambda: proxy.client(account.key).chat().status == 429, "the new limit holds")
     assert_audit(proxy)
@@ -129,18 +119,20 @@ def test_a_tiers_limits_change_without_a_restart(running_proxy: MakeProxy) -> No
 def test_a_broken_edit_keeps_the_last_good_pair(running_proxy: MakeProxy) -> None:
     proxy = running_proxy()
     account = proxy.add_account(100)
-    edit(proxy.folder / "models.yaml", lambda catalog: catalog["models"].update(new={"tier": "one", "upstream": "nix"}))
+    edit_yaml(
+        proxy.folder / "models.yaml", lambda catalog: catalog["models"].update(new={"tier": "one", "upstream": "nix"})
+    )
     proxy.signal(signal.SIGHUP)
     proxy.wait_for_line("nix")
     assert proxy.client(account.key).chat().status == 200
-    edit(proxy.config, lambda config: config["upstreams"].update(nix={"base_url": proxy.upstream.url}))
+    edit_yaml(proxy.config, lambda config: config["upstreams"].update(nix={"base_url": proxy.upstream.url}))
     wait_until(lambda: served(proxy, account.key, "new"), "the pair is good again, and served")
     assert_books(proxy, account, credits=100 - 8)
 
 
 def test_a_setting_that_needs_a_restart_is_named(running_proxy: MakeProxy) -> None:
     proxy = running_proxy()
-    edit(proxy.config, lambda config: config.update(listen="127.0.0.1:1"))
+    edit_yaml(proxy.config, lambda config: config.update(listen="127.0.0.1:1"))
     proxy.signal(signal.SIGHUP)
     assert re.search(r"(?i)restart", proxy.wait_for_line(r"\blisten\b.*"))
 

@@ -10,6 +10,7 @@ from tests.support.answers import Answers
 from tests.support.books import assert_books
 from tests.support.client import Response
 from tests.support.errors import assert_error
+from tests.support.files import edit_yaml
 from tests.support.misbehaviours import Fails, StallsBeforeHeaders
 from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
@@ -154,6 +155,20 @@ def test_a_change_of_tier_acts_on_the_next_request(proxy: RunningProxy, funded_k
     assert limits(client.chat()) == (None, None)
     assert client.get("/api/billing/subscription").json()["tier"] == "unlimited"
     assert_books(proxy, account, credits=84)
+
+
+@pytest.mark.usefixtures("early_in_a_minute")
+def test_an_account_whose_tier_is_gone_works_on_the_limits_of_the_new_default_tier(running_proxy: MakeProxy) -> None:
+    """Without a restart."""
+    proxy = running_proxy(options={"tiers": {"old": {}}, "default_tier": "old"})
+    account = proxy.add_account(100)
+    client = proxy.client(account.key)
+    assert limits(client.chat()) == (None, None)
+    edit_yaml(proxy.config, lambda c: c.update(tiers={"new": {"requests_per_minute": 3}}, default_tier="new"))
+    proxy.wait_for_line("read again")
+    assert limits(client.get("/v1/models")) == ("3", "2")
+    assert [client.chat().status for _ in range(3)] == [200, 200, 429]
+    assert_books(proxy, account, credits=100 - 3 * 8)
 
 
 @pytest.mark.usefixtures("early_in_a_minute")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import socket
+from bisect import bisect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.attackers import AnswersAtLength, memory_mb
 from tests.support.books import assert_books
-from tests.support.client import chat_request
+from tests.support.client import Client, Response, chat_request
 from tests.support.errors import assert_error
 from tests.support.misbehaviours import Fails
 from tests.support.process import Account, RunningProxy
@@ -52,6 +54,40 @@ DOCUMENTED = {200, 400, 401, 402, 403, 404, 405, 410, 413, 422, 429, 500, 502, 5
 def test_what_is_no_json_object_is_refused(untouched: Any, body: bytes) -> None:
     for path in (CHAT, "/v1/completions", "/v1/embeddings"):
         assert_error(untouched.post(path, body), 400, "invalid_json", "invalid_request_error")
+
+
+DEEP = {  # where a client's JSON may be as deep as it likes
+    "a member": b'"x": %s',
+    "a tool": b'"tools": [{"type": "function", "function": {"name": "f", "parameters": %s}}]',
+    "a response format": b'"response_format": {"schema": %s}',
+}
+
+
+@pytest.mark.parametrize("padding", [0, 300_000])
+@pytest.mark.parametrize("place", DEEP)
+def test_a_body_a_little_too_deep_is_refused_and_no_upstream_is_blamed(
+    proxy: RunningProxy, upstream: FakeUpstream, backup: FakeUpstream, funded_key: MakeKey, place: str, padding: int
+) -> None:
+    """Between the deepest body that is relayed and one that cannot be decoded are some that cannot be encoded again."""
+    account, lines_before = funded_key(credits=100_000), len(proxy.lines)
+    upstream.behaviour = backup.behaviour = AnswersAtLength(12)
+
+    def ask(depth: int) -> Response:
+        start = json.dumps(chat_request(model="pair", user="x" * padding)).encode()[:-1]
+        nested = DEEP[place] % (b"[" * depth + b"]" * depth)
+        return proxy.client(account.key).post(CHAT, start + b", " + nested + b"}")
+
+    too_deep = bisect(range(100_000), False, key=lambda depth: ask(depth).status != 200)
+    relayed = len(upstream.posts)
+    assert relayed > 1
+    for depth in range(too_deep, too_deep + 30):
+        error = assert_error(ask(depth), 400, "invalid_json", "invalid_request_error")
+        assert "nested too deeply" in error["message"]
+    assert len(upstream.posts) == relayed
+    assert ask(1).status == 200
+    assert (len(upstream.posts), len(backup.posts)) == (relayed + 1, 0)
+    assert not [line for line in proxy.lines[lines_before:] if "skipped for" in line]
+    assert_books(proxy, account, credits=100_000 - 8 * (relayed + 1))
 
 
 def test_a_body_of_a_million_lists_is_refused(untouched: Any) -> None:
@@ -241,6 +277,16 @@ def test_a_body_below_the_limit_is_relayed(proxy: RunningProxy, upstream: FakeUp
     assert proxy.client(account.key).chat("x" * (20 << 20)).status == 200
     assert len(upstream.posts[0].json["messages"][0]["content"]) == 20 << 20
     assert_books(proxy, account, credits=100_000_000 - 8)
+
+
+def test_large_bodies_that_are_refused_leave_nothing_in_memory(proxy: RunningProxy, untouched: Client) -> None:
+    wrong: list[dict[str, Any]] = [{"model": "nothing"}, {"n": "two"}]
+    bodies = [json.dumps(chat_request("x" * (8 << 20), **members)).encode() for members in wrong]
+    assert [untouched.post(CHAT, body).status for body in bodies] == [404, 422]
+    before = memory_mb(proxy)
+    for body in bodies * 6:
+        untouched.post(CHAT, body)
+    assert memory_mb(proxy) - before < 40
 
 
 # -- The prompt's estimate, as the hold shows it

@@ -5,6 +5,7 @@ What this costs is counted: transactions and verbs a request.
 
 import asyncio
 import contextlib
+import re
 import sqlite3
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from tests.support.core_ledger import (
     adds,
     admission_of,
     at_work,
+    breaks_a_constraint,
     came,
     end_without_waiting,
     fails_after_writing,
@@ -53,8 +55,7 @@ def test_a_verb_that_raises_is_alone_in_its_rollback(bench: MakeBench) -> None:
 
 def test_a_verb_that_breaks_a_constraint_is_alone_in_its_rollback(bench: MakeBench) -> None:
     ann = bench()
-    wrong = "UPDATE account SET paid = paid + 1"
-    first, second, third = run_batch(ann.db, [adds(1), lambda db, now: db.execute(wrong), adds(10)])
+    first, second, third = run_batch(ann.db, [adds(1), breaks_a_constraint, adds(10)])
     assert (first, third) == (1, 10)
     assert isinstance(second, sqlite3.IntegrityError)
     assert ann.credits == (0, 0.011, 0)
@@ -157,6 +158,34 @@ async def test_a_settle_is_tried_until_it_is_in(bench: MakeBench, config: Any) -
         assert said[:2] == ["ledger unavailable", "ledger available again"]
         assert said[2:] == [f"the settle of req_{held.order.request_id:016x} is in the ledger now"]
     ann.audit()
+
+
+async def test_a_settle_that_nobody_awaits_and_that_fails_for_good_is_said_to_have_failed(
+    bench: MakeBench, config: Any
+) -> None:
+    ann = bench(paid=100)
+    async with at_work(config) as clerk:
+        for verb in (breaks_a_constraint, adds(1)):
+            clerk.submit(verb, must_be_done=f"the settle of {verb.__name__}").cancel()
+        await clerk.caught_up()
+        (line,) = clerk.lines  # what is done, and nobody waited for, is not worth a line
+        assert re.match(r"the settle of breaks_a_constraint FAILED: .*constraint", line)
+    assert ann.credits == (0, 100.001, 0)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_settle_that_was_tried_for_long_and_then_fails_for_good_is_said_to_have_failed(
+    bench: MakeBench, config: Any
+) -> None:
+    ann = bench(paid=100)
+    async with at_work(config) as clerk:
+        with locked(config), pytest.raises(Refusal) as refused:
+            await clerk.submit(breaks_a_constraint, must_be_done="the settle of it")
+        assert refused.value.code == "ledger_unavailable"
+        await clerk.caught_up()
+        said = [line.partition(":")[0] for line in clerk.lines]
+        assert said == ["ledger unavailable", "ledger available again", "the settle of it FAILED"]
+    assert ann.credits == (0, 100, 0)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -299,6 +299,11 @@ def fails_after_writing(db: Any, now: int) -> None:
     raise ZeroDivisionError
 
 
+def breaks_a_constraint(db: Any, now: int) -> None:
+    """A verb that the schema does not allow: an account with credits that nobody granted."""
+    db.execute("UPDATE account SET paid = paid + 1")
+
+
 # --------------------------------------------------------------------------------------------------
 # An account with the verbs in short words
 
@@ -370,9 +375,10 @@ class Clerk:
         """Transactions and verbs so far."""
         return self.ledger.transactions, self.ledger.verbs
 
-    def submit(self, verb: Verb, power_proof: bool = True) -> Any:
-        """Queue a verb; await what it returned. `power_proof`: not before it is on the disk."""
-        return self.ledger.submit(verb, power_proof=power_proof)
+    def submit(self, verb: Verb, power_proof: bool = True, must_be_done: str = "") -> Any:
+        """Queue a verb; await what it returned. `power_proof`: not before it is on the disk. `must_be_done`: what the
+        log calls it, if it is tried until it is done."""
+        return self.ledger.submit(verb, power_proof=power_proof, must_be_done=must_be_done)
 
     def next_id(self) -> int:
         """The id of the next request."""

@@ -1,6 +1,6 @@
 """The two files of the proxy under test: tiers and models for every situation, laid over what a test asks for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,15 @@ def write_yaml(path: Path, content: Any) -> None:
     path.write_text(
         content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     )
+
+
+def edit_yaml(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a YAML file, in one step."""
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    fresh = path.with_suffix(".new")
+    write_yaml(fresh, content)
+    fresh.rename(path)
 
 
 def write_files(folder: Path, options: Mapping[str, Any], models: Mapping[str, Any]) -> Path:
