@@ -940,7 +940,9 @@ def size(value: Any) -> int:
     """The UTF-8 length of a text; of what should be one and has another shape, the length of its JSON."""
     if type(value) is str:
         return len(value) if value.isascii() else len(value.encode())
-    return len(encode_json(value)) if value and type(value) not in (int, float, bool) else 0
+    with contextlib.suppress(RecursionError):  # a request that is too deep to be encoded is refused by `forward_body`
+        return len(encode_json(value)) if value and type(value) not in (int, float, bool) else 0
+    return 0
 
 
 def parse_request(api: Api, raw: bytes | bytearray) -> Ask:
