@@ -80,13 +80,12 @@ SMALL_BYTES = 64 * 1024  # larger bodies are read only for an account that may s
 BODY_SECONDS = 30  # a request body gets this long, and a second more for each
 BODY_BYTES_PER_SECOND = 16 * 1024  # of its bytes that came: a drip-fed body is cut, a slow line is not
 BODY_ELEMENTS_MAX = 500_000  # members and elements of a body: millions would hold everybody up for seconds
-PARSED_ASIDE_BYTES = 256 * 1024  # a larger body is parsed in a thread
+AT_ONCE_BYTES = 256 * 1024  # a larger body is parsed in a thread, and sent in pieces, as the upstream takes it
 MEMORY_BYTES_MAX = 256 * 1024**2  # that large bodies and whole answers hold together; an account: a quarter
 EVENT_BYTES_MAX = 16 * 1024**2  # images travel in one SSE event; past this the stream is broken
 ANSWER_BYTES_MAX = 64 * 1024**2  # an answer that is not streamed is kept whole until it is settled
 ERROR_BYTES_MAX = 64 * 1024  # of an upstream's error body
 READ_BUFFER_BYTES = 32 * 1024  # half of aiohttp's default: a burst stays in the processor's cache
-UPLOAD_WHOLE_BYTES = 256 * 1024  # a larger body is sent in pieces, as the upstream takes it
 MODEL_NAME_MAX = 256
 QUOTED_MAX = 100  # characters of a client's text in a message
 ERRORS_MAX = 10  # in one answer
@@ -1998,9 +1997,8 @@ class Answer:
         self.upstream = upstream
         self.is_stream = response.content_type == "text/event-stream"
         self.splitter = Splitter()
-        self.first_block = b""  # of a stream
-        self.body = b""  # that came whole, and
-        self.tally: Meter  # what was counted of it
+        self.begun = b""  # a stream's first events; of what is no stream all of it,
+        self.tally: Meter  # and what was counted of that
 
     def close(self) -> None:
         """Back to the pool if the answer was read to its end, else cut: the upstream stops generating."""
@@ -2309,7 +2307,7 @@ class Proxy:
         key_hash = authenticate(exchange.request)  # 1
         try:
             raw = await self.read_body(exchange, key_hash)
-            aside = len(raw) > PARSED_ASIDE_BYTES
+            aside = len(raw) > AT_ONCE_BYTES
             ask = await asyncio.to_thread(parse_request, api, raw) if aside else parse_request(api, raw)  # 2
             if ask.model not in self.catalog.names:
                 await self.identify(exchange, key_hash)  # before near names are looked for
@@ -2327,7 +2325,7 @@ class Proxy:
                     if answer.is_stream:
                         last = await self.relay(exchange, answer, hold)  # 6
                     elif await hold.cover_bill(answer.tally):
-                        hold.meter, last = answer.tally, answer.body
+                        hold.meter, last = answer.tally, answer.begun
                     else:
                         hold.sent = False  # nobody gets the answer, so nobody pays for it
                         raise used_up(hold)
@@ -2487,8 +2485,8 @@ class Proxy:
         )
         asking.set(hold)
         for tries_left in (1, 0):
-            try:  # a large body is sent in pieces, as the upstream takes it
-                return await send(data=body if len(body) <= UPLOAD_WHOLE_BYTES else io.BytesIO(body))
+            try:
+                return await send(data=body if len(body) <= AT_ONCE_BYTES else io.BytesIO(body))
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 if not tries_left or isinstance(error, aiohttp.ClientConnectorError):
                     raise
@@ -2500,21 +2498,21 @@ class Proxy:
             if answer.response.status != 200:
                 raise await self.refused(exchange, answer)
             if not answer.is_stream:
-                answer.body = await answer.read_whole(ANSWER_BYTES_MAX, partial(self.keep, exchange))
+                answer.begun = await answer.read_whole(ANSWER_BYTES_MAX, partial(self.keep, exchange))
                 answer.tally = copy(hold.meter)
-                if answer.tally.feed_whole(answer.body):
-                    answer.body = self.redact(answer.body)
+                if answer.tally.feed_whole(answer.begun):
+                    answer.begun = self.redact(answer.begun)
                 return answer
             stream = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             headers = {**self.headers(exchange), **stream, **self.passed_on(answer)}
             exchange.status, exchange.client = 200, web.StreamResponse(headers=headers)
             if exchange.request.version < aiohttp.HttpVersion11:
                 exchange.client.force_close()  # which knows of no chunks, so only that ends the body
-            while not DATA_LINE.search(answer.first_block):
+            while not DATA_LINE.search(answer.begun):
                 if not (block := await answer.next_block()):
                     raise BrokenStream("it ended before its first event")
-                answer.first_block += block
-                if len(answer.first_block) > EVENT_BYTES_MAX:
+                answer.begun += block
+                if len(answer.begun) > EVENT_BYTES_MAX:
                     raise BrokenStream("it sends comments only")
         except BaseException:
             answer.close()
@@ -2559,7 +2557,7 @@ class Proxy:
     async def relay(self, exchange: Exchange, answer: Answer, hold: Hold) -> bytes:
         """Whole events as they come, one write a read; the one that ends the stream, to be sent when it is settled. A
         block is counted on a copy of the meter, covered, and sent; then the copy stands for what is owed."""
-        block, content, splitter = answer.first_block, answer.response.content, answer.splitter
+        block, content, splitter = answer.begun, answer.response.content, answer.splitter
         try:
             with exchange.waiting(answer.upstream.idle_seconds):
                 while True:
@@ -2986,9 +2984,8 @@ def greet(proxy: Proxy) -> None:
         with contextlib.closing(connect(proxy.config)) as db, transaction(db) as now:
             key = create_owner(db, now, proxy.config)
             if key is not None:
-                show(
-                    notices.first_steps(proxy.base_url, key) if notices else f"The key of the new account owner: {key}"
-                )
+                alone = f"The key of the new account owner: {key}"
+                show(notices.first_steps(proxy.base_url, key) if notices else alone)
     except OSError as error:
         why = f"the owner's key could not be shown ({error}), so there is none"
         proxy.log.say(f"{why}; `account add` makes an account")
