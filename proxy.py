@@ -2711,9 +2711,8 @@ class Proxy:
                         exchange.interrupt(ledger_unavailable())
                     if exchange.waits:
                         await self.look_after(exchange, now)
-                for transport in self.server.stalled(
-                    now, DRAIN_STALL_SECONDS if self.draining else CLIENT_STALL_SECONDS
-                ):
+                patience = DRAIN_STALL_SECONDS if self.draining else CLIENT_STALL_SECONDS
+                for transport in self.server.stalled(now, patience):
                     self.cut(transport)
                 state = file_state(self.config)
                 if state != self.files and state == self.files_seen:  # still for a moment: nobody writes at it
