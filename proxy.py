@@ -1743,8 +1743,10 @@ class Ledger:
 
     async def close(self) -> None:
         """Wait for what must be done, but not for ever: recovery settles at the next start what cannot be written."""
+        give_up = time.monotonic() + SETTLE_PATIENCE_SECONDS
         if self.writer is not None:
-            await asyncio.wait([self.writer], timeout=SETTLE_PATIENCE_SECONDS)
+            while not self.writer.done() and (left := give_up - time.monotonic()) > 0:  # a submit may start another
+                await asyncio.wait([self.writer], timeout=left)
             self.writer.cancel()
             await self.database.close()
 
@@ -2077,10 +2079,11 @@ class Exchange:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.waits = False
-        if self.interruption is not None and isinstance(error, asyncio.CancelledError) and self.task is not None:
+        why, self.interruption = self.interruption, None
+        if why is not None and self.task is not None:
             self.task.uncancel()
-            why, self.interruption = self.interruption, None
-            raise why from None
+            if isinstance(error, asyncio.CancelledError):
+                raise why from None
 
     async def send(self, data: bytes, is_end: bool = False) -> None:
         """Write to the client, its headers first; past `web.StreamResponse`, which is a layer less a chunk. A client
@@ -2168,7 +2171,8 @@ class Proxy:
         self.log = log
         self.echo_url = echo_url
         self.ledger = Ledger(config, log.say)
-        self.secrets = secret_pattern(config.upstreams.values())
+        self.seen = list(config.upstreams.values())  # since the start: a request may still use what a reload took out
+        self.secrets = secret_pattern(self.seen)
         self.companions: dict[str, Callable[[Exchange], Any]] = {}  # pages of extras/, by path
         self.metrics: Any = None
         self.console: Any = None
@@ -2758,7 +2762,8 @@ class Proxy:
                 new.upstreams[name] = old.upstreams[name]
         self.config = msgspec.structs.replace(old, **{name: getattr(new, name) for name in RELOADED})
         self.ledger.config, self.catalog = self.config, catalog
-        self.secrets = secret_pattern(new.upstreams.values())
+        self.seen += [upstream for upstream in new.upstreams.values() if upstream not in self.seen]
+        self.secrets = secret_pattern(self.seen)
         notices = extra("notices")
         for line in notices.changes(old, new, before, catalog) if notices else ():
             self.log.say(line)
@@ -2888,7 +2893,7 @@ async def running(config: Config, hurry: asyncio.Event | None = None) -> AsyncIt
         log = Log(config.log)
         for name in ("aiohttp", "asyncio"):
             logging.getLogger(name).addHandler(log)
-        echo = extra("echo") if any(upstream.builtin for upstream in config.upstreams.values()) else None
+        echo = extra("echo")  # also where no upstream is builtin yet: a reload may bring one
         proxy = Proxy(config, catalog, log, await echo.start(stack) if echo else "")
         stack.push_async_callback(proxy.ledger.close)
         await proxy.ledger.open()

@@ -17,7 +17,7 @@ from tests.support.client import QUESTION_ESTIMATE
 from tests.support.commands import REPOSITORY, CommandServer
 from tests.support.errors import assert_error
 from tests.support.exchange import Exchange
-from tests.support.files import MODELS, TODAY, catalog, edit_yaml, write_yaml
+from tests.support.files import MODELS, TODAY, UPSTREAM_KEY, catalog, edit_yaml, write_yaml
 from tests.support.misbehaviours import Fails
 from tests.support.process import Account, RunningProxy
 from tests.support.upstream import FakeUpstream
@@ -301,6 +301,27 @@ class FailsWhenTold(Fails):
     async def __call__(self, exchange: Exchange) -> None:
         await self.resume.happened()
         await super().__call__(exchange)
+
+
+def test_a_key_that_is_replaced_while_it_is_in_use_reaches_nobody(
+    running_proxy: MakeProxy, fake_upstream: Callable[..., FakeUpstream]
+) -> None:
+    """An upstream quotes the key that it was sent, when config.yaml has another by then."""
+    script = FailsWhenTold(400, {"error": {"message": f"Incorrect API key provided: Bearer {UPSTREAM_KEY}"}})
+    keyed = fake_upstream(script)
+    model = {"tier": "one", "upstream": "keyed"}
+    upstream = {"base_url": keyed.url, "api_key": UPSTREAM_KEY}
+    proxy = running_proxy(upstreams={"keyed": upstream}, models={"keyed": model})
+    account = proxy.add_account(100)
+    with proxy.client(account.key).start_chat(model="keyed") as pending:
+        keyed.next_exchange()
+        edit_yaml(proxy.config, lambda config: config["upstreams"]["keyed"].update(api_key="another-secret-key"))
+        proxy.wait_for_line("upstreams: changed keyed")
+        script.resume.set()
+        answer = pending.answered().finish()
+    assert answer.status == 400
+    assert UPSTREAM_KEY not in answer.body.decode() + proxy.output
+    assert_books(proxy, account, credits=100)
 
 
 def test_a_request_under_way_keeps_its_upstreams_and_their_addresses(

@@ -172,6 +172,8 @@ MAIL = {"host": "127.0.0.1", "from": "llm@example.com"}
         ({"registration": "maybe"}, r'console\.registration: unknown value "maybe"'),
         ({"registratoin": "open"}, r'console\.registratoin: unknown key.*"registration"'),
         ({"mail": MAIL}, r"console\.mail: needs console\.url"),
+        ({"mail": MAIL, "url": ""}, r"console\.mail: needs console\.url"),
+        ({"url": "https://a.example", "mail": {**MAIL, "port": -1}}, r"console\.mail\.port: expected"),
         ({"url": "https://a.example", "mail": {"host": "x"}}, r'console\.mail: the key "from" is missing'),
         ({"url": "https://a.example", "mail": {**MAIL, "tls": "ssl"}}, r'console\.mail\.tls: unknown value "ssl"'),
         ({"url": "https://a.example", "mail": {**MAIL, "prot": 1}}, r"console\.mail\.prot: unknown key"),

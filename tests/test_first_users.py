@@ -90,6 +90,17 @@ def test_an_upstream_and_its_model_are_added_without_a_restart(
     assert_books(proxy, account, credits=100 - 5 - 7)
 
 
+def test_a_builtin_upstream_may_come_with_a_reload(running_proxy: MakeProxy) -> None:
+    proxy = running_proxy()
+    account = proxy.add_account(100)
+    edit_yaml(proxy.config, lambda config: config["upstreams"].update(words={"builtin": "echo"}))
+    new = {"tier": "one", "upstream": "words"}
+    edit_yaml(proxy.folder / "models.yaml", lambda catalog: catalog["models"].update(new=new))
+    wait_until(lambda: served(proxy, account.key, "new"), "the new model is served")
+    usage = proxy.client(account.key).chat(model="new").json()["usage"]
+    assert_books(proxy, account, credits=100 - usage["prompt_tokens"] - usage["completion_tokens"])
+
+
 def test_an_upstream_that_moved_is_asked_at_its_new_address(
     running_proxy: MakeProxy, fake_upstream: Callable[..., FakeUpstream]
 ) -> None:

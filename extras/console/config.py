@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -37,7 +37,7 @@ class Mail(msgspec.Struct, frozen=True):
 
     host: str
     sender: str = msgspec.field(name="from")  # which is a word of Python's
-    port: int = 25
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 25
     user: str = ""
     password: str = ""
     tls: Literal["starttls", "tls", "none"] = "starttls"
@@ -53,7 +53,7 @@ class ConsoleConfig(msgspec.Struct, frozen=True, kw_only=True):
         parts = urlsplit(self.url or "http://localhost")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
             raise ValueError("url: expected a URL without a path, such as https://llm.example.com")
-        if self.mail is not None and self.url is None:
+        if self.mail is not None and not self.url:
             raise ValueError("mail: needs console.url beside it: the links in mail are made of that alone")
 
     @property
