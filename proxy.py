@@ -207,7 +207,7 @@ class YamlFile:
     `on:` as True and `3:27:` as 207: here both are errors. Numbers with a point become Decimal: some are prices."""
 
     def __init__(self, path: Path, rewrite: Callable[[str], str] = str) -> None:
-        self.path, self.rewrite = path, rewrite
+        self.path, self.rewrite, self.scalars = path, rewrite, yaml.SafeLoader("")
         self.lines: dict[tuple[str, ...], int] = {}
         try:
             node = yaml.compose(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -236,7 +236,7 @@ class YamlFile:
             return values
         kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
         try:
-            value = Decimal(text.replace("_", "")) if kind == "float" else yaml.SafeLoader("").construct_object(node)
+            value = Decimal(text.replace("_", "")) if kind == "float" else self.scalars.construct_object(node)
         except Exception:  # PyYAML meets what a wrong tag makes of it with whatever comes; .inf is no Decimal
             raise self.error(path, f'"{text}" cannot be read as {WORDS.get(kind, kind)}') from None
         if isinstance(value, str) and "\0" in value:
@@ -722,8 +722,9 @@ def expect_items(items: Any) -> str:
 
 
 def expect_prompt(prompt: Any) -> str:
-    right = isinstance(prompt, str) or types_in(prompt) in ({str}, {int})
-    if types_in(prompt) == {list} and all(prompt):
+    kinds = types_in(prompt)
+    right = isinstance(prompt, str) or kinds in ({str}, {int})
+    if kinds == {list} and all(prompt):
         right = set(map(type, itertools.chain.from_iterable(prompt))) == {int}
     return "" if right else "text, a list of texts, token ids, or a list of lists of token ids"
 
@@ -855,7 +856,7 @@ class Ask:
             tools += [one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else []
             if tool.get("type") in ("mcp", "file_search", "code_interpreter"):
                 self.expect(False, "tools", f"{quoted(tool['type'])} {OF_OTHERS}")
-        self.prompts = len(body[api.prompt[0]]) if types_in(main) & {str, list} else 1
+        self.prompts = len(main) if isinstance(main, list) and main and isinstance(main[0], str | list) else 1
         self.estimate()
         if self.errors:
             name, why = next(iter(self.errors.items()))
@@ -898,6 +899,8 @@ class Ask:
                     self.estimate_object(value, stack)
                 elif (kinds := types_in(value)) == {int}:
                     self.quarters += 4 * len(value)
+                elif kinds == {str}:
+                    self.quarters += sum(map(size, value))
                 elif kinds:
                     stack += value
             if name == "suffix":  # which follows each prompt
@@ -2133,8 +2136,9 @@ class Handler(web.RequestHandler):
     __slots__ = ()
 
     def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> web.StreamResponse:
-        code = "invalid_json" if status < 500 else "internal_error"
-        said = "These bytes are no HTTP request that can be read." if status < 500 else "The proxy failed."
+        code, said = "internal_error", "The proxy failed."
+        if status < 500:
+            code, said = "invalid_json", "These bytes are no HTTP request that can be read."
         refusal = Refusal(code, said, status=status)
         headers = {"Content-Type": "application/json", "Server": "llm-proxy"}
         response = web.Response(status=status, body=encode_json(openai_error(refusal, "")), headers=headers)
@@ -2195,6 +2199,9 @@ class Proxy:
 
     def is_there(self, upstream: Upstream) -> bool:
         return not self.why_off(upstream) and upstream.state.reached is not False
+
+    def is_available(self, model: Model) -> bool:
+        return any(map(self.is_there, self.upstreams_of(model)))
 
     def upstreams_of(self, model: Model) -> list[Upstream]:
         return [self.config.upstreams[name] for name in model.upstreams if name in self.config.upstreams]
@@ -2552,7 +2559,8 @@ class Proxy:
     def passed_on(self, answer: Answer) -> dict[str, str]:
         """The headers of an upstream's answer that reach the client."""
         found = {name: answer.response.headers.get(name, "") for name in TO_CLIENT}
-        if not re.fullmatch(r"[1-5]?[0-9]|60", found["Retry-After"]):  # openai-node sleeps whatever it is told
+        wait = found["Retry-After"]
+        if not re.fullmatch(r"[0-9]{1,2}", wait) or int(wait) > RETRY_AFTER_SECONDS_MAX:
             found["Retry-After"] = ""
         return {n: v for n, v in found.items() if v and v.isprintable() and not self.secrets.search(v.encode())}
 
@@ -2617,8 +2625,8 @@ class Proxy:
         """Settle, then send what ends the answer: all of it, where it came whole; of a stream the closing event, an
         error of the upstream's, or nothing. An upstream that sends no usage is named: its charges are estimates."""
         hold.outcome = "upstream_error" if hold.meter.broken or hold.meter.failed else "ok"
-        name, state, now = answer.upstream.name, answer.upstream.state, time.monotonic()
         if hold.outcome == "ok" and not hold.meter.usage and hold.meter.api.priced:
+            name, state, now = answer.upstream.name, answer.upstream.state, time.monotonic()
             self.count("no_usage", name)
             if now - state.no_usage_said >= NO_USAGE_SECONDS:
                 state.no_usage_said = now
@@ -2689,7 +2697,7 @@ class Proxy:
             "kind": model.kind or "chat",
             "context_window": model.context_window,
             "deprecated": model.deprecation(time.time()),
-            "available": any(map(self.is_there, self.upstreams_of(model))),
+            "available": self.is_available(model),
         }
 
     async def show_subscription(self, exchange: Exchange) -> web.StreamResponse:

@@ -42,7 +42,7 @@ class Books:
         model = self.catalog.models[name]
         order = proxy.Order(number, proxy.hash_key(key or self.key), model, model.price, 5, 0, 1, output, None)
         admission = proxy.hold(self.db, at, order, lambda tier: proxy.Tier())
-        assert not isinstance(admission, proxy.Refusal), admission
+        assert isinstance(admission, proxy.Admission), admission
         return number
 
     def settle(self, number: int, at: int, tokens: int | None) -> None:

@@ -31,7 +31,7 @@ SCALARS = st.one_of(
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NAMES, inner, max_size=5)),
-    max_leaves=8,
+    max_leaves=20,
 )
 ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n", b"\r\r", b"\n", b"\r\n", b""])
 PREFIXES = st.sampled_from(
@@ -50,7 +50,7 @@ def events(draw: st.DrawFn) -> bytes:
     return bytes(event)
 
 
-STREAMS = st.one_of(st.binary(max_size=300), st.lists(events(), max_size=5).map(b"".join))
+STREAMS = st.one_of(st.binary(max_size=300), st.lists(events(), max_size=8).map(b"".join))
 
 
 def meter(api: str, choices: int = 1, wants_usage: bool = True) -> Any:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import proxy as core
-from proxy import APIS, REFUSALS, Model, Proxy, as_credits
+from proxy import APIS, REFUSALS, Proxy, as_credits
 
 MEANINGS = {  # a test says that no code is missing
     "invalid_json": "The body is not a JSON object, or too deep or large to be one.",
@@ -54,12 +54,8 @@ def example_model(proxy: Proxy) -> str:
     chat = [model for model in proxy.catalog.models.values() if model.kind not in ("embedding", "rerank")]
     doors = proxy.config.upstreams
     builtin = [model for model in chat if any(doors[name].builtin for name in model.upstreams if name in doors)]
-    there = [model for model in chat if is_there(proxy, model)]
+    there = [model for model in chat if proxy.is_available(model)]
     return next((model.name for model in (*builtin, *there, *chat)), "MODEL")
-
-
-def is_there(proxy: Proxy, model: Model) -> bool:
-    return any(map(proxy.is_there, proxy.upstreams_of(model)))
 
 
 def models(proxy: Proxy) -> list[dict[str, Any]]:
@@ -76,7 +72,7 @@ def models(proxy: Proxy) -> list[dict[str, Any]]:
             "thousand": as_credits(core.cost(1000, model.price)),
             "deprecated": deprecated,
             "retired": deprecated is not None and deprecated.sunset_within(0, now),
-            "there": is_there(proxy, model),
+            "there": proxy.is_available(model),
         }
         row["search"] = " ".join((model.name, *model.aliases, row["tier"], model.kind or "chat")).casefold()
         rows.append(row)

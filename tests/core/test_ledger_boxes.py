@@ -8,17 +8,7 @@ from typing import Any
 import pytest
 
 import proxy
-from tests.support.core_ledger import (
-    NOW,
-    TIERS,
-    Bench,
-    Bill,
-    Refusal,
-    admission_of,
-    at_work,
-    create_key,
-    fails_after_writing,
-)
+from tests.support.core_ledger import NOW, TIERS, Bench, Bill, Refusal, at_work, create_key, fails_after_writing
 from tests.support.postgres import WANTED as POSTGRES
 from tests.support.postgres import connected
 
@@ -77,7 +67,7 @@ async def test_a_commit_whose_answer_is_lost_is_found_out_and_done_once(
     async with at_work(config) as clerk:
         order = ann.order(tokens=10)
         Accident(clerk.ledger.database.db, arrives)
-        assert admission_of(await clerk.ledger.submit(hold_of(order), whose=order.key_hash)).granted == 10
+        assert (await clerk.ledger.submit(hold_of(order), whose=order.key_hash)).granted == 10
         assert ann.credits == (0, 100, 10)
         Accident(clerk.ledger.database.db, arrives)
         settled = await clerk.ledger.submit(settle_of(clerk, order, 7), whose=order.key_hash, must_be_done="it")
@@ -156,7 +146,7 @@ async def test_a_bug_in_one_verb_costs_no_other_its_transaction(bench: MakeBench
         orders = [ann.order(tokens=1) for _ in range(60)]
         asked = [clerk.ledger.submit(hold_of(order), whose=order.key_hash) for order in orders]
         wrong = clerk.submit(fails_after_writing)
-        assert sum([admission_of(await one).granted for one in asked]) == 60
+        assert sum([(await one).granted for one in asked]) == 60
         with pytest.raises(ZeroDivisionError):
             await wrong
     assert ann.credits == (0, 100, 60)
@@ -172,7 +162,7 @@ async def test_what_is_asked_ahead_is_asked_again_behind_a_verb_of_the_same_acco
     async with at_work(config) as clerk:
         before, _ = clerk.work
         asked = [clerk.ledger.submit(hold_of(order), whose=order.key_hash) for order in (*orders, bob.order(tokens=10))]
-        assert [admission_of(await one).granted for one in asked] == [10, 10, 5, 10]
+        assert [(await one).granted for one in asked] == [10, 10, 5, 10]
         assert clerk.work[0] == before + 1
         ends = [clerk.ledger.submit(settle_of(clerk, order, 4), whose=order.key_hash) for order in orders]
         assert [(await end).credits for end in ends] == [21_000, 17_000, 13_000]

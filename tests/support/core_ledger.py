@@ -250,9 +250,8 @@ def hold(ordered: Any, now: int) -> Verb:
 
 def admission_of(outcome: Any) -> Admitted:
     """Of a hold that was granted."""
-    assert not isinstance(outcome, Exception), outcome
-    _, *admitted = outcome
-    return Admitted(*admitted)
+    assert isinstance(outcome, proxy.Admission), outcome
+    return Admitted(outcome.max_tokens, outcome.granted, outcome.spare)
 
 
 def refusal_of(outcome: Any) -> str:
