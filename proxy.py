@@ -998,7 +998,7 @@ class Splitter:
 
     def feed(self, read: bytes) -> bytes:
         """The whole events that a read completes."""
-        if not self.tail and read.endswith(b"\n\n"):
+        if not self.tail and read.endswith(b"\n\n") and b"\r" not in read:
             return read
         scanned = max(0, len(self.tail) - 1)  # the two bytes that end an event may come in two reads
         self.tail += read

@@ -144,6 +144,7 @@ def test_no_split_of_any_stream_changes_its_bytes_or_its_bill(stream: bytes, pla
 
 
 @given(st.binary(max_size=200) | st.lists(st.sampled_from([b"\n", b"\r", b"a", b"data:", b"\xff"])).map(b"".join))
+@example(b"\n\r\n\n")  # ends with two line feeds, the last of which ends no event
 @settings(CALM, max_examples=100)
 def test_bytes_of_any_kind_go_on_as_they_are_and_never_fail(stream: bytes) -> None:
     outcome = metered(stream, wants_usage=False)
