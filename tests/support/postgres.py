@@ -48,6 +48,7 @@ class PostgresServer:
         folder = binaries()
         if folder is None:
             pytest.skip("needs PostgreSQL's server: apt-get install postgresql")
+        pytest.importorskip("psycopg", reason="needs psycopg: pip install -e '.[postgres]'")
         self.binaries = folder
         self.port = free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="proxy-postgres-"))
